@@ -1,0 +1,6 @@
+"""Callbacks: looking at a run from outside. None of them knows a task."""
+
+from baton.callbacks.pictures import Pictures as Pictures
+from baton.callbacks.progress import ProgressBar as ProgressBar
+from baton.callbacks.side_evaluation import OnlineKNN as OnlineKNN
+from baton.callbacks.side_evaluation import OnlineLinearProbe as OnlineLinearProbe

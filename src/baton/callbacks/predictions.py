@@ -1,0 +1,62 @@
+"""Writes what `predict` returns into a file of the run."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter
+from torch import Tensor
+
+
+class PredictionWriter(BasePredictionWriter):
+    """Write one row a sample to `predictions.csv`; entries with more than one number a sample go to `predictions.npz`.
+
+    Args:
+        folder: where the files go.
+    """
+
+    def __init__(self, folder: str) -> None:
+        super().__init__(write_interval="epoch")
+        self.folder = Path(folder)
+
+    def write_on_epoch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        predictions: Sequence[Any],
+        batch_indices: Sequence[Any],
+    ) -> None:
+        """Join the batches (and the processes) in the order of the data and write them."""
+        own = {name: torch.cat([batch[name].cpu() for batch in predictions]) for name in predictions[0]}
+        parts: list[Any] = [own]
+        if trainer.world_size > 1:
+            parts = [None] * trainer.world_size
+            torch.distributed.all_gather_object(parts, own)
+        if not trainer.is_global_zero:
+            return
+        joined = {name: _interleave([part[name] for part in parts]).numpy() for name in own}
+        table = pd.DataFrame({name: values for name, values in joined.items() if values.ndim == 1})
+        data = getattr(trainer, "datamodule", None)
+        names = getattr(data, "classes", None)
+        if names and "prediction" in table:
+            table["class"] = [names[index] for index in table["prediction"]]
+        paths = getattr(trainer.predict_dataloaders.dataset, "paths", None)
+        if paths is not None:
+            table.insert(0, "path", [str(path) for path in paths])
+        self.folder.mkdir(parents=True, exist_ok=True)
+        table.to_csv(self.folder / "predictions.csv", index_label="index")
+        large = {name: values for name, values in joined.items() if values.ndim > 1}
+        if large:
+            np.savez_compressed(self.folder / "predictions.npz", **large)
+
+
+def _interleave(parts: list[Tensor]) -> Tensor:
+    """Undo the sharding of evaluation loaders: rank r holds the samples r, r + W, r + 2W, …"""
+    joined = torch.empty(sum(map(len, parts)), *parts[0].shape[1:], dtype=parts[0].dtype)
+    for rank, part in enumerate(parts):
+        joined[rank :: len(parts)] = part
+    return joined

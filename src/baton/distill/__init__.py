@@ -1,0 +1,1 @@
+"""Distillation recipes: one idea a file."""

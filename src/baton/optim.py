@@ -1,0 +1,138 @@
+"""How a task optimises: timm's optimisers by name, and learning-rate schedules counted in epochs as papers count."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import timm.optim
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """An optimiser of timm's, by name.
+
+    Args:
+        name: as in `timm.optim.list_optimizers()`; `momentum` is SGD with plain momentum, `sgd` has Nesterov's.
+        lr: learning rate at the start of the schedule.
+        weight_decay: L2 penalty (decoupled where the optimiser decouples it).
+        momentum: of optimisers that have one.
+        decay_all: decay every parameter, as the Wide ResNet code does; otherwise biases, norms and what the backbone
+            names in `no_weight_decay()` are left out.
+        layer_decay: multiply the learning rate by this once for every layer group below the head (the backbone's
+            `group_matcher` says what a group is).
+        options: further arguments of the optimiser, such as `betas` or `eps`.
+    """
+
+    name: str = "sgd"
+    lr: float = 0.1
+    weight_decay: float = 0.0
+    momentum: float = 0.9
+    decay_all: bool = False
+    layer_decay: float | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def build(self, module: nn.Module, backbone: nn.Module) -> torch.optim.Optimizer:
+        """Build the optimiser over all parameters of `module`, of which `backbone` is a part.
+
+        Raises:
+            ValueError: if timm knows no optimiser of this name, or refuses an option.
+        """
+        import difflib
+
+        known = timm.optim.list_optimizers()
+        if self.name not in known:
+            near = ", ".join(difflib.get_close_matches(self.name, known, 3)) or "see timm.optim.list_optimizers()"
+            raise ValueError(f"optimizer.name={self.name!r} is not one of timm's optimisers; nearest: {near}.")
+        options = dict(self.options)
+        if timm.optim.get_optimizer_info(self.name).has_momentum:
+            options["momentum"] = self.momentum
+        try:
+            return timm.optim.create_optimizer_v2(
+                self._groups(module, backbone), self.name, lr=self.lr, weight_decay=self.weight_decay, **options
+            )
+        except TypeError as error:
+            raise ValueError(f"The optimiser {self.name!r} does not take these options: {error}.") from error
+
+    def _groups(self, module: nn.Module, backbone: nn.Module) -> list[dict[str, Any]]:
+        skip = set(backbone.no_weight_decay()) if hasattr(backbone, "no_weight_decay") else set()
+        if self.layer_decay is None:
+            own, rest = [], dict(module.named_parameters())
+        else:
+            if not hasattr(backbone, "group_matcher"):
+                raise ValueError(f"optimizer.layer_decay needs a backbone with a group_matcher, not {type(backbone)}.")
+            own = timm.optim.param_groups_layer_decay(
+                backbone,
+                weight_decay=self.weight_decay,
+                no_weight_decay_list=tuple(skip),
+                weight_decay_exclude_1d=not self.decay_all,
+                layer_decay=self.layer_decay,
+            )
+            inside = {id(parameter) for parameter in backbone.parameters()}
+            rest = {name: p for name, p in module.named_parameters() if id(p) not in inside}
+        return own + _split_by_decay(rest.items(), skip, self.weight_decay, self.decay_all)
+
+
+def _split_by_decay(
+    named: Iterable[tuple[str, nn.Parameter]], skip: set[str], weight_decay: float, decay_all: bool
+) -> list[dict[str, Any]]:
+    decayed, plain = [], []
+    for name, parameter in named:
+        left_out = parameter.ndim <= 1 or name.removeprefix("backbone.") in skip
+        (plain if left_out and not decay_all else decayed).append(parameter)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+@dataclass(frozen=True)
+class LRScheduler:
+    """A learning-rate schedule; epochs are counted from 1, as in papers.
+
+    Args:
+        name: `constant`; `step`: multiply by `factor` from the start of each epoch named in `milestones`
+            (60 means after 59 full epochs, as the Wide ResNet code does); `exponential`: multiply by `factor` every
+            `every` epochs; `cosine`: half a cosine from the start to `final` times the start, per step.
+        milestones: epochs of `step`.
+        factor: of `step` and `exponential`.
+        every: epochs between two drops of `exponential`.
+        final: of `cosine`, as a fraction of the learning rate.
+        warmup_epochs: rise linearly from zero over this many epochs (per step), before anything else.
+        reset_momentum: forget the optimiser's state at every drop of `step`, as the Wide ResNet code does.
+    """
+
+    name: Literal["constant", "step", "exponential", "cosine"] = "constant"
+    milestones: list[int] = field(default_factory=list)
+    factor: float = 0.1
+    every: int = 1
+    final: float = 0.0
+    warmup_epochs: float = 0.0
+    reset_momentum: bool = False
+
+    def multiplier(self, epoch: float, epochs: float) -> float:
+        """Return the factor on the learning rate after `epoch` (a fraction counts) of `epochs` epochs."""
+        if epoch < self.warmup_epochs:
+            return epoch / self.warmup_epochs
+        if self.name == "step":
+            return self.factor ** sum(math.floor(epoch) + 1 >= milestone for milestone in self.milestones)
+        if self.name == "exponential":
+            return self.factor ** (math.floor(epoch) // self.every)
+        if self.name == "cosine":
+            done = (epoch - self.warmup_epochs) / max(epochs - self.warmup_epochs, 1e-9)
+            return self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+        return 1.0
+
+    def build(self, optimizer: torch.optim.Optimizer, steps_per_epoch: float, epochs: float) -> dict[str, Any] | None:
+        """Return Lightning's scheduler configuration, or None where the learning rate never changes."""
+        if self.name == "constant" and not self.warmup_epochs:
+            return None
+        per_step = self.name == "cosine" or self.warmup_epochs > 0
+        unit = steps_per_epoch if per_step else 1
+        scheduler = LambdaLR(optimizer, lambda count: self.multiplier(count / unit, epochs))
+        return {"scheduler": scheduler, "interval": "step" if per_step else "epoch"}
+
+    def resets_in(self, epoch: int) -> bool:
+        """Whether the optimiser's state is forgotten at the start of this epoch (counted from 0)."""
+        return self.reset_momentum and self.name == "step" and epoch + 1 in self.milestones

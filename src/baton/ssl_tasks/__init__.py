@@ -1,0 +1,3 @@
+"""Self-supervised pretext tasks: one method a file."""
+
+from baton.ssl_tasks.denoising import Denoising as Denoising

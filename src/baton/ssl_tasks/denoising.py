@@ -1,0 +1,155 @@
+"""Denoising autoencoder: corrupt the image, reconstruct it, keep the encoder."""
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+from torchmetrics import MetricCollection
+from torchmetrics.image import PeakSignalNoiseRatio
+from torchvision.utils import make_grid
+
+from baton.data.images import Batch
+from baton.task import Task, fixed_randomness
+
+Noise = Literal["masking", "salt_and_pepper", "gaussian"]
+
+
+def corrupt(
+    images: Float[Tensor, "b c h w"], noise: Noise, amount: float, patch: int = 1, *, shared: bool = False
+) -> Float[Tensor, "b c h w"]:
+    """Corrupt images in [0, 1] with a random draw per sample.
+
+    Args:
+        images: (B, C, H, W) in [0, 1].
+        noise: `masking` sets squares of `patch` pixels to 0 in all channels (Vincent et al. 2010, section 3.3, who
+            mask single elements); `salt_and_pepper` sets `amount / 2` of the elements to 0 and as many to 1, channels
+            independently; `gaussian` adds noise of standard deviation `amount` without clipping.
+        amount: fraction of what is corrupted, or the standard deviation.
+        patch: side of a masked square, in pixels.
+        shared: one draw for the whole batch, so that the result does not depend on how samples are batched.
+    """
+    batch = 1 if shared else len(images)
+    channels, height, width = images.shape[1:]
+    if noise == "gaussian":
+        return images + amount * torch.randn(batch, channels, height, width, device=images.device)
+    if noise == "salt_and_pepper":
+        draw = torch.rand(batch, channels, height, width, device=images.device)
+        return torch.where(draw < amount / 2, 0.0, torch.where(draw < amount, 1.0, images))
+    rows, columns = -(-height // patch), -(-width // patch)
+    kept = (torch.rand(batch, 1, rows, columns, device=images.device) >= amount).to(images.dtype)
+    kept = kept.repeat_interleave(patch, 2).repeat_interleave(patch, 3)[:, :, :height, :width]
+    return images * kept
+
+
+class Decoder(nn.Module):
+    """From the backbone's last map to an image of any size: convolutions between doublings, widths halving.
+
+    Args:
+        in_channels: channels of the map.
+        reduction: how much smaller than the image the map is.
+        width: channels after the first convolution.
+    """
+
+    def __init__(self, in_channels: int, reduction: int, width: int) -> None:
+        super().__init__()
+        doublings = max(reduction - 1, 0).bit_length()
+        widths = [max(width >> level, 16) for level in range(doublings + 1)]
+        channels = [in_channels, *widths]
+        self.convs = nn.ModuleList(nn.Conv2d(i, o, 3, padding=1) for i, o in zip(channels, channels[1:], strict=False))
+        self.to_image = nn.Conv2d(channels[-1], 3, 3, padding=1)
+        for conv in self.convs:
+            nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+            nn.init.zeros_(conv.bias)
+
+    def forward(self, features: Float[Tensor, "b f gh gw"], size: tuple[int, int]) -> Float[Tensor, "b 3 h w"]:
+        """Decode a map into an image of the given height and width; the output is unbounded."""
+        for level, conv in enumerate(self.convs):
+            if level:
+                features = F.interpolate(features, scale_factor=2.0, mode="nearest")
+            features = F.relu(conv(features))
+        if features.shape[2:] != size:
+            features = F.interpolate(features, size, mode="bilinear", antialias=False)
+        return self.to_image(features)
+
+
+class Denoising(Task):
+    """Reconstruct clean images from corrupted ones; the encoder is the backbone, the decoder is thrown away.
+
+    Source: Vincent et al., "Stacked denoising autoencoders" (JMLR 2010); the baseline of the split-brain poster.
+
+    Args:
+        noise: `masking`, `salt_and_pepper` or `gaussian`, see `corrupt`.
+        amount: fraction of corrupted elements, or the standard deviation of the Gaussian.
+        patch: side of a masked square, in pixels.
+        loss: `bce` (a sigmoid output, cross-entropy with the pixel values) or `mse` (a linear output).
+        decoder_width: channels of the decoder's first convolution; they halve with every doubling of the map.
+        kwargs: see `Task`. Any backbone with a spatial map will do.
+    """
+
+    def __init__(
+        self,
+        noise: Noise = "masking",
+        amount: float = 0.5,
+        patch: int = 4,
+        loss: Literal["bce", "mse"] = "bce",
+        decoder_width: int = 64,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if amount < 0 or (noise != "gaussian" and amount > 1):
+            raise ValueError(f"model.amount of {noise} noise must lie between 0 and 1, got {amount:g}.")
+        if patch < 1:
+            raise ValueError(f"model.patch must be at least one pixel, got {patch}.")
+        self.noise, self.amount, self.patch, self.loss = noise, amount, patch, loss
+        if not hasattr(self.backbone, "forward_intermediates"):
+            raise ValueError(f"Denoising needs a backbone with a spatial map, {self.hparams['backbone']} has none.")
+        last = self.backbone.feature_info[-1]
+        self.decoder = Decoder(last["num_chs"], last["reduction"], decoder_width)
+        self.metrics = MetricCollection({"psnr": PeakSignalNoiseRatio(data_range=1.0)})
+
+    def reconstruct(self, corrupted: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
+        """Return the decoder's raw output: logits for `bce`, pixel values for `mse`."""
+        return self.decoder(self.feature_map(corrupted), tuple(corrupted.shape[2:]))
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """Mean over all pixels, corrupted or not."""
+        images, _ = batch
+        return self._losses(images, corrupt(images, self.noise, self.amount, self.patch))[0]
+
+    def evaluate(self, batch: Batch) -> dict[str, Tensor]:
+        """As `losses`, with one fixed draw of noise for every image, and the peak signal-to-noise ratio."""
+        images, _ = batch
+        losses, output = self._losses(images, self._corrupt_fixed(images))
+        assert self.metrics is not None
+        self.metrics.update(self._to_pixels(output), images)
+        return losses
+
+    def predict(self, batch: Batch) -> dict[str, Tensor]:
+        """Return the reconstruction (B, 3, H, W) of corrupted images and its mean squared error (B,)."""
+        images, _ = batch
+        pixels = self._to_pixels(self.reconstruct(self._corrupt_fixed(images)))
+        return {"mse": (pixels - images).square().flatten(1).mean(1), "reconstruction": pixels}
+
+    def pictures(self, batch: Batch) -> dict[str, Float[Tensor, "3 h w"]]:
+        """Three rows: the image, what the network sees, what it makes of it."""
+        images = batch[0][:8]
+        corrupted = self._corrupt_fixed(images)
+        rows = torch.cat([images, corrupted.clamp(0, 1), self._to_pixels(self.reconstruct(corrupted))])
+        return {"reconstruction": make_grid(rows, nrow=len(images), padding=2, pad_value=1.0)}
+
+    def _losses(
+        self, images: Float[Tensor, "b 3 h w"], corrupted: Float[Tensor, "b 3 h w"]
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        output = self.reconstruct(corrupted)
+        if self.loss == "bce":
+            return {"loss": F.binary_cross_entropy_with_logits(output, images)}, output
+        return {"loss": F.mse_loss(output, images)}, output
+
+    def _corrupt_fixed(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
+        with fixed_randomness(0):
+            return corrupt(images, self.noise, self.amount, self.patch, shared=True)
+
+    def _to_pixels(self, output: Tensor) -> Tensor:
+        return (output.sigmoid() if self.loss == "bce" else output.clamp(0, 1)).float()

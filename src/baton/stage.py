@@ -1,0 +1,258 @@
+"""One stage: LightningCLI with Baton's run directory, resumption, checkpoints, loggers and hand-over around it."""
+
+import logging
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_only
+
+import baton.backbones  # noqa: F401 (registers)
+import baton.data.sources  # noqa: F401 (makes short names known)
+import baton.distill
+import baton.ssl_tasks
+import baton.supervised  # noqa: F401
+from baton import handover
+from baton.callbacks import OnlineKNN, OnlineLinearProbe, Pictures, ProgressBar  # noqa: F401 (short names)
+from baton.callbacks.predictions import PredictionWriter
+from baton.data.images import ImageData
+from baton.mistakes import explain
+from baton.run import AtomicCheckpointIO, MetricsCSV, Run
+from baton.task import Task
+
+
+def run_stage(command: str, args: Sequence[str]) -> int:
+    """Run `baton fit|validate|test|predict` and return the exit code."""
+    _quiet()
+    args = [command, *_with_recorded_config(command, list(args))]
+    sys.argv = [sys.argv[0], *args]  # what Lightning starts further processes with
+    BatonCLI(
+        Task,
+        ImageData,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        save_config_callback=RecordConfig,
+        seed_everything_default=0,
+        trainer_defaults={"num_sanity_val_steps": 0, "max_epochs": 10, "log_every_n_steps": 50},
+        parser_class=Parser,
+        parser_kwargs={"prog": "baton"},
+    )
+    return 0
+
+
+class Parser(LightningArgumentParser):
+    """A parser whose errors are one sentence with the nearest names."""
+
+    def error(self, message: str, ex: Exception | None = None) -> Any:
+        """Raise what the command prints."""
+        raise ValueError(explain(message, self))
+
+
+class RecordConfig(SaveConfigCallback):
+    """Writes the whole configuration into the run directory and to the loggers."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write it when training starts; a resumed run writes its present one."""
+        if stage != "fit" or not trainer.is_global_zero:
+            return
+        text = self.parser.dump(self.config, skip_none=False, format="yaml")
+        Path(self.config.run.root, self.config.run.name, "config.yaml").write_text(text)
+        for logger in trainer.loggers:
+            logger.log_hyperparams(yaml.safe_load(text))
+
+
+class BatonCLI(LightningCLI):
+    """Adds `--run.*`, opens the run directory, and hands the weights over at the end."""
+
+    run: Run
+    _lock: Any = None
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the options of the run."""
+        parser.add_class_arguments(Run, "run")
+
+    def _parse_ckpt_path(self) -> None:
+        """Refuse a checkpoint of another task; never let its hyper-parameters override what the user asked for."""
+        config = self.config[self.config.subcommand]
+        self.run = Run(**vars(config.run))
+        self.run.choose_name(_name_parts(config))
+        config.run.name = self.run.name
+        self._resume_from = self._find_checkpoint(config)
+        if self._resume_from is not None:
+            self._adopt(config, self._resume_from)
+
+    def _find_checkpoint(self, config: Any) -> Path | None:
+        given = config.get("ckpt_path")
+        fitting = self.config.subcommand == "fit"
+        if given in ("last", "best"):
+            given = self.run.checkpoint(given)
+        if given is not None and not Path(given).is_file():
+            raise FileNotFoundError(f"--ckpt_path {given} does not exist; runs keep theirs in {self.run.path}.")
+        if given is None:
+            own = self.run.checkpoint("last" if fitting else self.run.keep)
+            given = own if own.is_file() and (self.run.resume or not fitting) else None
+        if given is None and not fitting:
+            raise FileNotFoundError(
+                f"`baton {self.config.subcommand}` needs a trained run: {self.run.checkpoint(self.run.keep)} does not "
+                "exist; name the run with --run.name or a checkpoint with --ckpt_path."
+            )
+        config.ckpt_path = None if given is None else str(given)
+        return None if given is None else Path(given)
+
+    def _adopt(self, config: Any, path: Path) -> None:
+        """Check that the checkpoint is of this task; to look at it, build the network it holds."""
+        checkpoint = handover._unpickle(str(path), path)
+        theirs = checkpoint.get("hyper_parameters", {}).get("_class_path")
+        ours = config.model.class_path
+        if theirs is not None and theirs != ours:
+            raise ValueError(
+                f"The checkpoint {path} is of {theirs}, the model is {ours}: --ckpt_path and --run.resume continue the "
+                "same task; to start another from its weights, use --model.init_from."
+            )
+        self._resume_step = checkpoint["global_step"]
+        if self.config.subcommand != "fit":
+            held = checkpoint["hyper_parameters"]
+            init = config.model.init_args
+            init.init_from, init.backbone, init.backbone_kwargs = None, held["backbone"], held["backbone_kwargs"]
+            if "num_classes" in init:
+                init.num_classes = held["num_classes"]
+
+    def before_instantiate_classes(self) -> None:
+        """Open the run directory before anything is built in it."""
+        config = self.config[self.subcommand]
+        if config.trainer.sync_batchnorm and not torch.cuda.is_available():
+            raise ValueError("trainer.sync_batchnorm needs CUDA devices, and there are none here: leave it out.")
+        if self.subcommand == "fit":
+            plain = yaml.safe_load(self._parser("fit").dump(config, skip_none=False, format="yaml"))
+            self._lock = self.run.open(plain)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Add what every run has: its checkpoints, loggers, pictures and a cheap progress bar."""
+        fitting = self.subcommand == "fit"
+        given = self._get(self.config_init, "trainer", default={})
+        barebones = given.get("barebones")
+        if not fitting:
+            kwargs["logger"] = MetricsCSV(self.run.path, 2**62) if self.subcommand != "predict" else False
+        elif not barebones:
+            kwargs["logger"] = self.run.loggers(self._resume_step if self._resume_from else None)
+        callbacks: list[Callback] = [] if barebones else self._callbacks(given)
+        plugins = given.get("plugins") or []
+        plugins = list(plugins) if isinstance(plugins, list) else [plugins]
+        kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
+        config = {**given, **kwargs}
+        if not barebones:
+            config["enable_model_summary"] = bool(config.get("enable_model_summary"))
+        return self._instantiate_trainer(config, callbacks)
+
+    def _callbacks(self, given: dict[str, Any]) -> list[Callback]:
+        own = given.get("callbacks") or []
+        callbacks: list[Callback] = []
+        if given.get("enable_progress_bar") is not False and sys.stdout.isatty():
+            callbacks.append(ProgressBar())
+        if self.subcommand == "predict":
+            return [*callbacks, PredictionWriter(str(self.run.path / "predictions"))]
+        pictures = [callback for callback in own if isinstance(callback, Pictures)]
+        for callback in pictures:
+            callback.folder = callback.folder or str(self.run.path / "pictures")
+        if not pictures:
+            callbacks.append(Pictures(folder=str(self.run.path / "pictures")))
+        if self.subcommand == "fit" and given.get("enable_checkpointing") is not False:
+            callbacks += self._checkpoints()
+        return callbacks
+
+    def _checkpoints(self) -> list[Callback]:
+        where: dict[str, Any] = {"dirpath": self.run.path / "checkpoints", "enable_version_counter": False}
+        best = {"monitor": self.run.monitor, "mode": self.run.mode, "save_on_train_epoch_end": False}
+        saves: list[Callback] = [ModelCheckpoint(filename="best", save_weights_only=False, **best, **where)]
+        if self.run.checkpoint_every:
+            saves.append(ModelCheckpoint(filename="last", every_n_train_steps=self.run.checkpoint_every, **where))
+        # After every epoch, and last of all, so that it knows what the others did.
+        saves.append(ModelCheckpoint(filename="last", save_on_train_epoch_end=True, every_n_epochs=1, **where))
+        return saves
+
+    def fit(self, model: Task, **kwargs: Any) -> None:
+        """Train, test once if asked, and hand over."""
+        kwargs |= {"ckpt_path": str(self._resume_from) if self._resume_from else None, "weights_only": True}
+        with _interruptible():
+            self.trainer.fit(model, **kwargs)
+        metrics = {name: value.item() for name, value in self.trainer.callback_metrics.items()}
+        if self.run.keep == "best":
+            self._load_best(model)
+        if self.run.test:
+            with _interruptible():
+                metrics |= self.trainer.test(model, datamodule=self.datamodule, verbose=False)[0]
+        if self.trainer.is_global_zero and not self.trainer.fast_dev_run:
+            self._hand_over(model, metrics)
+        self.trainer.strategy.barrier()
+
+    def _load_best(self, model: Task) -> None:
+        best = self.run.checkpoint("best")
+        if not best.exists():
+            raise ValueError("run.keep=best needs a validation split, and the data have none; set data.val_size.")
+        model.load_state_dict(handover._unpickle(str(best), best)["state_dict"])
+
+    def _hand_over(self, model: Task, metrics: dict[str, float]) -> None:
+        self._dump_config()
+        handover.write_model(
+            self.run.model,
+            model.backbone,
+            backbone_kwargs=model.hparams["backbone_kwargs"],
+            config=self.config_dump,
+            metrics=metrics,
+            parent=model.parent,
+            classes=model.classes,
+            replace=self.run.resume,
+        )
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in sorted(metrics.items()))
+        print(f"{self.run.model}: handed over ({shown})")
+
+
+class _interruptible:
+    """Lightning turns Ctrl-C into exit code 1; give it back its name."""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if kind is SystemExit and isinstance(error.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from error
+
+
+def _name_parts(config: Any) -> list[str]:
+    model, data = config.get("model"), config.get("data")
+    task = model.class_path.rpartition(".")[2] if model else ""
+    backbone = (model.init_args.get("backbone") or "") if model else ""
+    return [task, backbone, data.class_path.rpartition(".")[2] if data else ""]
+
+
+def _with_recorded_config(command: str, args: list[str]) -> list[str]:
+    """To look at a run, its own configuration is the start: `baton test --run.name NAME` is enough."""
+    flat = [part for arg in args for part in (arg.split("=", 1) if arg.startswith("--run.") else [arg])]
+    if command == "fit" or any(arg in ("-c", "--config", "-h", "--help") or arg.startswith("--config=") for arg in args):
+        return args
+    if "--run.name" not in flat[:-1]:
+        return args
+    root = flat[flat.index("--run.root") + 1] if "--run.root" in flat[:-1] else "runs"
+    recorded = Path(root) / flat[flat.index("--run.name") + 1] / "config.yaml"
+    return ["--config", str(recorded), *args] if recorded.is_file() else args
+
+
+def _quiet() -> None:
+    """Leave the terminal to what the user must know."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*is smaller than the logging interval.*")
+    warnings.filterwarnings("ignore", message=".*module\\(s\\) in eval mode at the start of training.*")
+    warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
+    warnings.filterwarnings("ignore", message=".*overrides the configure_model.*")
+    warnings.filterwarnings("ignore", message=".*callbacks used to create the checkpoint.*")
+    rank_zero_only.rank = getattr(rank_zero_only, "rank", 0)

@@ -1,0 +1,3 @@
+"""Supervised recipes: one method a file."""
+
+from baton.supervised.classification import Classification as Classification

@@ -1,0 +1,103 @@
+"""Classification: scratch, fine-tuning, linear probe, or the head alone for the first steps."""
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
+
+from baton.data.images import Batch
+from baton.task import Task
+
+
+class Classification(Task):
+    """Classify images with the backbone and timm's own classifier on top.
+
+    Args:
+        num_classes: number of classes; `None` asks the data.
+        protocol: `finetune` trains everything; `linear_probe` trains the classifier on the frozen backbone (evaluation
+            mode, bit-identical afterwards).
+        head_only_steps: train the classifier alone for so many steps, then everything (Autoresolution's CIFAR-10
+            protocol uses 10,000). The backbone stays in evaluation mode meanwhile.
+        label_smoothing: of the cross-entropy.
+        head_drop_rate: dropout before the classifier.
+        kwargs: see `Task`.
+    """
+
+    def __init__(
+        self,
+        num_classes: int | None = None,
+        protocol: Literal["finetune", "linear_probe"] = "finetune",
+        head_only_steps: int = 0,
+        label_smoothing: float = 0.0,
+        head_drop_rate: float = 0.0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if protocol == "linear_probe" and head_only_steps:
+            raise ValueError("head_only_steps trains the backbone afterwards, linear_probe never does: choose one.")
+        self.num_classes, self.protocol, self.head_only_steps = num_classes, protocol, head_only_steps
+        self.label_smoothing, self.head_drop_rate = label_smoothing, head_drop_rate
+
+    def build(self) -> None:
+        """Give the backbone a fresh classifier of the right size."""
+        data = self.trainer.datamodule if self._trainer is not None else None
+        classes = self.num_classes or (data.num_classes if data is not None else 0)
+        if classes < 2:
+            raise ValueError("Classification needs labelled data of at least two classes, or model.num_classes.")
+        if data is not None and data.num_classes > classes:
+            raise ValueError(f"model.num_classes={classes} is too few: the data have {data.num_classes} classes.")
+        self.num_classes = self.hparams["num_classes"] = classes
+        self.classes = list(data.classes) if data is not None and data.num_classes == classes else None
+        self.backbone.reset_classifier(classes)
+        if self.protocol == "linear_probe":
+            self.freeze(self.backbone)
+            self.backbone.get_classifier().requires_grad_(True)
+        top = {"accuracy": MulticlassAccuracy(classes, average="micro", validate_args=False)}
+        if classes > 5:
+            top["accuracy_top5"] = MulticlassAccuracy(classes, average="micro", top_k=5, validate_args=False)
+        self.metrics = MetricCollection(top)
+
+    def logits(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b classes"]:
+        """Return class scores of images in [0, 1]."""
+        images = self.normalize(images)
+        head_only = self.training and self.global_step < self.head_only_steps
+        if not head_only and not self.head_drop_rate:
+            return self.backbone(images)
+        if head_only:
+            self.backbone.eval()
+            with torch.no_grad():
+                features = self.backbone.forward_features(images)
+        else:
+            self.backbone.train(self.training and self.protocol == "finetune")
+            features = self.backbone.forward_features(images)
+        pooled = self.backbone.forward_head(features, pre_logits=True)
+        return self.backbone.get_classifier()(F.dropout(pooled, self.head_drop_rate, self.training))
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """Cross-entropy and training error."""
+        images, targets = batch
+        logits = self.logits(images)
+        error = (logits.detach().argmax(1) != targets).float().mean()
+        return {"loss": F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing), "error": error}
+
+    def evaluate(self, batch: Batch) -> dict[str, Tensor]:
+        """Cross-entropy without smoothing; top-1 and (above five classes) top-5 are counted by torchmetrics."""
+        images, targets = batch
+        logits = self.logits(images)
+        assert self.metrics is not None
+        self.metrics.update(logits, targets)
+        return {"loss": F.cross_entropy(logits, targets)}
+
+    def summarize(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Add the errors to the accuracies."""
+        return {**values, **{name.replace("accuracy", "error"): 1 - value for name, value in values.items()}}
+
+    def predict(self, batch: Batch) -> dict[str, Tensor]:
+        """Return the predicted class, its probability, and the target (-1 where unknown)."""
+        images, targets = batch
+        probability, prediction = self.logits(images).softmax(1).max(1)
+        return {"prediction": prediction, "probability": probability, "target": targets}

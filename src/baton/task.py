@@ -1,0 +1,347 @@
+"""Task: the LightningModule every recipe is. It owns the backbone, the optimiser, the logging and exact resumption."""
+
+import dataclasses
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torchmetrics import MetricCollection
+
+from baton import handover
+from baton.backbones import create_backbone
+from baton.data.images import Batch
+from baton.optim import LRScheduler, Optimizer
+
+_COMPILED = ("forward_features", "forward_intermediates")
+
+
+class Task(LightningModule):
+    """Base of all recipes. A recipe implements `losses` and is final: no recipe subclasses another.
+
+    Args:
+        backbone: name of a timm model (`baton list backbones`); left out where `init_from` says it.
+        backbone_kwargs: further arguments of the backbone.
+        init_from: where the backbone's weights come from: a model folder, a run directory, a Lightning checkpoint,
+            `wandb:entity/project/name:alias`, or `timm:<model>.<tag>`. The trunk is taken, the classifier is fresh.
+        tolerate: patterns of tensor names that may differ between `init_from` and the backbone; all others must match.
+        optimizer: see `baton.optim.Optimizer`.
+        lr_scheduler: see `baton.optim.LRScheduler`.
+        channels_last: run the backbone in channels-last memory format.
+        compile: compile the backbone with `torch.compile`.
+    """
+
+    def __init__(
+        self,
+        backbone: str | None = None,
+        backbone_kwargs: dict[str, Any] | None = None,
+        init_from: str | None = None,
+        tolerate: list[str] | None = None,
+        optimizer: Optimizer = Optimizer(),  # noqa: B008 (frozen)
+        lr_scheduler: LRScheduler = LRScheduler(),  # noqa: B008 (frozen)
+        channels_last: bool = False,
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.optimizer = Optimizer(**optimizer) if isinstance(optimizer, dict) else optimizer
+        self.lr_scheduler = LRScheduler(**lr_scheduler) if isinstance(lr_scheduler, dict) else lr_scheduler
+        self.channels_last, self.compile_backbone = channels_last, compile
+        self.parent: dict[str, Any] | None = None
+        self.classes: list[str] | None = None
+        self.metrics: MetricCollection | None = None
+        self.backbone = self._create_backbone(backbone, backbone_kwargs, init_from, tolerate or [])
+        self._make_hyperparameters_plain()
+        config = self.backbone.pretrained_cfg
+        self.register_buffer("mean", torch.tensor(config["mean"]).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(config["std"]).view(-1, 1, 1), persistent=False)
+        self._frozen: list[nn.Module] = []
+        self._built = False
+        self._batches = 0
+        self._window: list[dict[str, Tensor]] = []  # losses since the last log, on the device: no synchronisation
+        self._sums: list[tuple[dict[str, Tensor], int]] = []
+        self._random_state: dict[str, Any] | None = None
+
+    # What a recipe says
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """Return scalars for one training batch; `"loss"` is minimised, the rest is logged."""
+        raise NotImplementedError
+
+    def evaluate(self, batch: Batch) -> dict[str, Tensor]:
+        """Return the scalars of one evaluation batch, means over its samples; may update `self.metrics`."""
+        return self.losses(batch)
+
+    def summarize(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return what `self.metrics` computed over a split, possibly with values derived from it."""
+        return values
+
+    def build(self) -> None:
+        """Create what depends on the data (`self.trainer.datamodule` is there), such as a classifier."""
+
+    def predict(self, batch: Batch) -> dict[str, Tensor]:
+        """Return predictions of a batch, each (B, ...)."""
+        raise ValueError(f"{type(self).__name__} makes no predictions; `baton predict` needs a task that does.")
+
+    def pictures(self, batch: Batch) -> dict[str, Float[Tensor, "3 h w"]]:
+        """Return images in [0, 1] worth looking at, by name."""
+        return {}
+
+    # What a recipe uses
+
+    def normalize(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        """Bring images from [0, 1] to the backbone's own mean and standard deviation."""
+        images = (images - self.mean) / self.std
+        return images.contiguous(memory_format=torch.channels_last) if self.channels_last else images
+
+    def feature_map(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b f gh gw"]:
+        """Return the backbone's last spatial map for images in [0, 1].
+
+        Raises:
+            ValueError: if the backbone has none.
+        """
+        if not hasattr(self.backbone, "forward_intermediates"):
+            raise ValueError(f"The backbone {self.hparams['backbone']!r} gives no spatial map; choose another.")
+        return self.backbone.forward_intermediates(
+            self.normalize(images), indices=1, norm=True, intermediates_only=True, output_fmt="NCHW"
+        )[-1]
+
+    def features(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b f"]:
+        """Return the backbone's pooled features, what its classifier would see, for images in [0, 1]."""
+        return self.backbone.forward_head(self.backbone.forward_features(self.normalize(images)), pre_logits=True)
+
+    def freeze(self, *modules: nn.Module) -> None:
+        """Freeze modules for good: no gradients, and evaluation mode, so that buffers stay bit-identical."""
+        for module in modules:
+            module.requires_grad_(False)
+            module.eval()
+        self._frozen.extend(modules)
+
+    # Lightning's hooks
+
+    def configure_model(self) -> None:
+        """Build what depends on the data, once."""
+        if self._built:
+            return
+        self._built = True
+        self.build()
+        if self.channels_last:
+            self.backbone.to(memory_format=torch.channels_last)
+        if self.compile_backbone:
+            for name in _COMPILED:
+                if hasattr(self.backbone, name):
+                    setattr(self.backbone, name, torch.compile(getattr(self.backbone, name)))
+
+    def configure_optimizers(self) -> Any:
+        """Build the optimiser and the schedule from their descriptions."""
+        optimizer = self.optimizer.build(self, self.backbone)
+        steps = self.trainer.estimated_stepping_batches
+        per_epoch = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
+        scheduler = self.lr_scheduler.build(optimizer, per_epoch, steps / per_epoch)
+        return optimizer if scheduler is None else {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+    def train(self, mode: bool = True) -> "Task":
+        """Set the mode; frozen modules stay in evaluation mode."""
+        super().train(mode)
+        for module in self._frozen:
+            module.eval()
+        return self
+
+    def on_train_start(self) -> None:
+        """Continue the random numbers of an interrupted run."""
+        if self._random_state is not None:
+            _set_random_state(self._random_state, self.global_rank)
+            self._random_state = None
+
+    def on_train_epoch_start(self) -> None:
+        """Forget the optimiser's momentum where the schedule says so."""
+        if self.lr_scheduler.resets_in(self.current_epoch):
+            self.trainer.optimizers[0].state.clear()
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Compute the losses and remember them on the device; read them every `log_every_n_steps` batches."""
+        losses = self.losses(batch)
+        self._window.append({name: value.detach() for name, value in losses.items()})
+        self._batches += 1
+        every = self.trainer.log_every_n_steps
+        if self.trainer.is_last_batch or (every and self._batches % every == 0):
+            self._log_window()
+        return losses["loss"]
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Collect the scalars of a batch; they are weighted by its size."""
+        self._sums.append((self.evaluate(batch), len(batch[0])))
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Collect the scalars of a batch; they are weighted by its size."""
+        self._sums.append((self.evaluate(batch), len(batch[0])))
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """Return the predictions of a batch."""
+        return self.predict(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the means over the validation split, over all processes."""
+        self._log_evaluation("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the means over the test split, over all processes."""
+        self._log_evaluation("test")
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what Lightning leaves out: random state, unlogged losses, what the hand-over needs. Refuse bad losses."""
+        self._check_finite()
+        # A checkpoint stands alone: it names the backbone itself, not where the weights once came from.
+        checkpoint["hyper_parameters"] = {**checkpoint.get("hyper_parameters", {}), "init_from": None}
+        checkpoint["baton"] = {
+            "batches": self._batches,
+            "window": [{name: value.cpu() for name, value in losses.items()} for losses in self._window],
+            "random_state": _gather(_random_state()),
+            "num_classes": self.backbone.num_classes,
+            "parent": self.parent,
+            "classes": self.classes,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore what `on_save_checkpoint` added."""
+        state = checkpoint.get("baton", {})
+        self._batches = state.get("batches", 0)
+        self._window = [
+            {name: value.to(self.device) for name, value in losses.items()} for losses in state.get("window", [])
+        ]
+        self._random_state = state.get("random_state")
+        self.parent = state.get("parent", self.parent)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Lightning sets this one twenty times a step; nn.Module's own __setattr__ makes it a seventh of the overhead.
+        if name == "_current_fx_name":
+            self.__dict__[name] = value
+        else:
+            super().__setattr__(name, value)
+
+    # Inside
+
+    def _create_backbone(
+        self, name: str | None, kwargs: dict[str, Any] | None, init_from: str | None, tolerate: list[str]
+    ) -> nn.Module:
+        if init_from is None:
+            if name is None:
+                raise ValueError("model.backbone is missing: name a backbone (`baton list backbones`) or init_from.")
+            self.hparams.update(backbone=name, backbone_kwargs=dict(kwargs or {}))
+            return create_backbone(name, **{"num_classes": 0, **(kwargs or {})})
+        source = handover.read_source(init_from)
+        handover.check_restated(source, name, kwargs)
+        backbone = handover.build_backbone(source, num_classes=0)
+        report = handover.load_weights(backbone, source, classifier=False, tolerate=tolerate)
+        if self._is_first_process():
+            print(f"{init_from}: {source.architecture}, {report}", flush=True)
+        self.parent = source.lineage()
+        self.hparams.update(backbone=source.architecture, backbone_kwargs=dict(source.backbone_kwargs))
+        return backbone
+
+    @staticmethod
+    def _is_first_process() -> bool:
+        from lightning.pytorch.utilities import rank_zero_only
+
+        return rank_zero_only.rank == 0
+
+    def _make_hyperparameters_plain(self) -> None:
+        """Keep plain values only, so that `torch.load(weights_only=True)` always reads a checkpoint."""
+        self.hparams.update(optimizer=dataclasses.asdict(self.optimizer))
+        self.hparams.update(lr_scheduler=dataclasses.asdict(self.lr_scheduler))
+        self._hparams_initial = type(self.hparams)(self.hparams)
+
+    def _log_window(self) -> None:
+        means = {f"train/{name}": value for name, value in self._read_window().items()}
+        self._window.clear()
+        learning_rate = self.trainer.optimizers[0].param_groups[0]["lr"]
+        self._record({**means, "lr": learning_rate}, step=self.global_step + 1)
+        self.log_dict(means, logger=False, prog_bar=True)
+
+    def _record(self, values: dict[str, float], step: int) -> None:
+        """Write a row at once; Lightning would write it after the checkpoint that must not lose it."""
+        for logger in self.loggers:
+            logger.log_metrics({**values, "epoch": self.current_epoch + 1}, step=step)
+
+    def _read_window(self) -> dict[str, float]:
+        """Read the losses since the last log: the one synchronisation with the device."""
+        names = list(self._window[0])
+        table = torch.stack([torch.stack([losses[name].float() for name in names]) for losses in self._window]).cpu()
+        bad = (~table[:, names.index("loss")].isfinite()).nonzero()
+        if len(bad):
+            step = self._batches - len(self._window) + int(bad[0]) + 1
+            raise ValueError(
+                f"The loss became {table[int(bad[0]), names.index('loss')].item()} at step {step} (epoch "
+                f"{self.current_epoch + 1}); the last checkpoint is from before: lower the learning rate or clip "
+                "the gradients, and start again."
+            )
+        return dict(zip(names, table.mean(0).tolist(), strict=True))
+
+    def _check_finite(self) -> None:
+        if self._window:
+            self._read_window()
+
+    def _log_evaluation(self, stage: str) -> None:
+        values: dict[str, Any] = {}
+        if self._sums:
+            names = list(self._sums[0][0])
+            weights = torch.tensor([count for _, count in self._sums], dtype=torch.float64)
+            table = torch.stack([torch.stack([part[name].double() for name in names]) for part, _ in self._sums]).cpu()
+            totals = torch.cat([(table * weights[:, None]).sum(0), weights.sum()[None]]).to(self.device)
+            totals = self.trainer.strategy.reduce(totals, reduce_op="sum")
+            values = {name: totals[index] / totals[-1] for index, name in enumerate(names)}
+            self._sums.clear()
+        if self.metrics is not None:
+            values.update(self.summarize(self.metrics.compute()))
+            self.metrics.reset()
+        named = {f"{stage}/{name}": float(value) for name, value in values.items()}
+        if not self.trainer.sanity_checking:
+            self._record(named, step=self.global_step)
+        self.log_dict(named, logger=False, prog_bar=True)
+
+
+def _random_state() -> dict[str, Any]:
+    kind, keys, *rest = np.random.get_state()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "python": random.getstate(),
+        "numpy": (kind, keys.tolist(), *rest),
+    }
+
+
+def _gather(state: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the state of every process, in order of their rank."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [state]
+    states: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(states, state)
+    return states
+
+
+def _set_random_state(states: list[dict[str, Any]], rank: int) -> None:
+    if rank >= len(states):
+        raise ValueError(
+            f"The checkpoint holds the random state of {len(states)} processes, this run has more: resume with as "
+            "many devices, or start a new run with init_from."
+        )
+    state = states[rank]
+    torch.set_rng_state(state["torch"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
+    random.setstate(state["python"])
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+
+
+@contextmanager
+def fixed_randomness(seed: int) -> Iterator[None]:
+    """Draw from `seed` inside, and leave the random state outside untouched."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
