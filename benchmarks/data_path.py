@@ -3,7 +3,7 @@
 All contestants run in one process, in turns; a ratio is the median of the rounds' ratios, so that a machine that
 slows down meanwhile slows all of them. Images are generated: nothing is downloaded.
 
-    python benchmarks/data_path.py [--rounds 7] [--threads 1 2]
+    python benchmarks/data_path.py [--rounds 15] [--threads 1 2]
 
 Exits 1 if a target is missed.
 """
@@ -36,6 +36,7 @@ class Generated(ImageData):
     classes = [str(label) for label in range(10)]
 
     def sources(self) -> tuple[ArraySet, None, None]:
+        """Return the training split alone."""
         generator = torch.Generator().manual_seed(0)
         images = torch.randint(0, 256, (SAMPLES, 3, 32, 32), generator=generator, dtype=torch.uint8)
         return ArraySet(images, torch.randint(0, 10, (SAMPLES,), generator=generator)), None, None
@@ -82,10 +83,10 @@ def race(rounds: int) -> dict[str, list[float]]:
         kornia.RandomHorizontalFlip(same_on_batch=False),
     )
     contestants = {
-        "Baton": lambda: seconds_per_image(data.train_dataloader(), data.augment, 60),
-        "PIL per sample": lambda: seconds_per_image(slow, lambda images: images, 3),
+        "Baton": lambda: seconds_per_image(data.train_dataloader(), data.augment, 40),
+        "PIL per sample": lambda: seconds_per_image(slow, lambda images: images, 2),
         "kornia batches": lambda: seconds_per_image(
-            data.train_dataloader(), lambda images: batchwise(data.to_float(images)), 20
+            data.train_dataloader(), lambda images: batchwise(data.to_float(images)), 10
         ),
     }
     results: dict[str, list[float]] = {name: [] for name in contestants}
@@ -114,7 +115,7 @@ def report(threads: int, results: dict[str, list[float]]) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", module="kornia")

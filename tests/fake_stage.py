@@ -4,6 +4,7 @@ Every stage appends a line to ``<root>/calls.txt``. Options: ``--steps N``, ``--
 ``--fail CODE`` (after the first step), ``--error VALUE`` for the metric (plus the seed).
 """
 
+import atexit
 import hashlib
 import json
 import os
@@ -11,6 +12,9 @@ import signal
 import sys
 import time
 from pathlib import Path
+
+if sys.argv[0] == "-c":  # the fork server: spare it torch, as the `baton` command is spared
+    sys.argv[0] = "baton"
 
 KNOWN = {"config", "seed_everything", "model.init_from", "model.init_args.teacher", "trainer.devices",
          "trainer.accelerator", "steps", "pause", "fail", "error", "spawn", "wait_file", "report"}  # fmt: skip
@@ -31,6 +35,7 @@ def main(argv: list[str]) -> int:
     folder = Path(options["run.root"]) / options["run.name"]
     with (Path(options["run.root"]) / "calls.txt").open("a") as file:
         file.write(f"{options['run.name']} {os.getpid()}\n")
+    atexit.register((folder.resolve() / "closed").touch)
     last = folder / "checkpoints" / "last.ckpt"
     last.parent.mkdir(parents=True, exist_ok=True)
     state = json.loads(last.read_text()) if last.exists() else {"step": 0, "digest": _start(options)}

@@ -9,6 +9,7 @@ A stage is a process group of its own. The terminal's Ctrl-C therefore reaches t
 exactly one on; and when the chain dies, whatever the stage has started dies with it.
 """
 
+import atexit
 import contextlib
 import fcntl
 import importlib
@@ -22,6 +23,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -108,17 +110,11 @@ class WarmProcesses:
     def __init__(self, entry: str = ENTRY, preload: Sequence[str] = PRELOAD) -> None:
         self.entry = entry
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(list(preload))
+        self.context.set_forkserver_preload([*preload, __name__])
         # Asking CUDA how many devices there are would make CUDA unusable in every fork; asking the driver does not.
-        before = os.environ.get("PYTORCH_NVML_BASED_CUDA_CHECK")
-        os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
-        try:
-            importlib.import_module("multiprocessing.forkserver").ensure_running()  # imports go on in the background
-        finally:
-            if before is None:
-                del os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"]
-            else:
-                os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = before
+        os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+        with _ctrl_c_ignored():
+            forkserver.ensure_running()  # its imports go on in the background
 
     def check(self, commands: Sequence[list[str]], checkpoints: Sequence[Path | None]) -> list[Checked]:
         """Check stages (see :func:`check_stage`) in one warm process.
@@ -166,8 +162,23 @@ class WarmProcesses:
             except KeyboardInterrupt:
                 _interrupt(process)
                 raise
+            finally:
+                _sweep(process)
         code = process.exitcode or 0
         return 128 - code if code < 0 else code
+
+
+@contextlib.contextmanager
+def _ctrl_c_ignored() -> Iterator[None]:
+    """A process started within never sees Ctrl-C: the server would answer it with a traceback while it imports."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _interrupt(process: BaseProcess) -> None:
@@ -177,10 +188,15 @@ def _interrupt(process: BaseProcess) -> None:
         _send(process.pid, signal.SIGINT)
         process.join()
     except KeyboardInterrupt:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.kill()
+        _sweep(process)
         process.join()
+
+
+def _sweep(process: BaseProcess) -> None:
+    """End what a stage has left behind (workers of one that crashed), or all of it."""
+    assert process.pid is not None
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _send(pid: int, number: int) -> None:
@@ -196,6 +212,7 @@ def _entry(name: str) -> Callable[[list[str]], int]:
 def _die_with_the_chain() -> None:
     """Make this process a group of its own that ends when the chain (or the server it was forked from) does."""
     os.setpgid(0, 0)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     chain, server = multiprocessing.parent_process(), os.getppid()
     assert chain is not None
 
@@ -240,6 +257,8 @@ def _stage(entry: str, argv: list[str], log: str, own_process: bool) -> None:
         code = _relay(entry, argv) if own_process else run_here(argv, entry)
     except KeyboardInterrupt:
         code = INTERRUPTED
+    finally:
+        atexit._run_exitfuncs()  # a forked process leaves without them before Python 3.14; W&B closes its run there
     sys.exit(code)
 
 

@@ -2,8 +2,8 @@
 
 A folder holds `model.safetensors` and `config.json` in timm's own (Hugging Face) layout; `config.json` has one more
 entry, `baton`: format and code version, the run's config and metrics, SHA-256 of the tensors, and the chain of parents.
-Reading checks everything before a network is built; loading names every tensor that does not fit and verifies those that
-do, bit for bit. No code from a file is ever run: tensors come from safetensors or `torch.load(weights_only=True)`.
+Reading checks everything before a network is built; loading names every tensor that does not fit and verifies those
+that do, bit for bit. No code from a file is ever run: tensors come from safetensors or `torch.load(weights_only=True)`.
 """
 
 import contextlib
@@ -217,12 +217,13 @@ def _read_config(path: Path) -> dict[str, Any]:
 def _read_checkpoint(location: str, path: Path) -> Source:
     checkpoint = _unpickle(location, path)
     entries: dict[str, Any] = checkpoint if isinstance(checkpoint, dict) else {}
-    hyper, record, state = (entries.get(key) for key in ("hyper_parameters", "baton", "state_dict"))
-    ours = isinstance(hyper, dict) and isinstance(record, dict) and isinstance(state, dict)
-    if not (ours and isinstance(hyper.get("backbone"), str) and "num_classes" in record):
+    parts = [entries.get(key) for key in ("hyper_parameters", "baton", "state_dict")]
+    hyper, record, state = (part if isinstance(part, dict) else {} for part in parts)
+    if not (isinstance(hyper.get("backbone"), str) and "num_classes" in record and state):
+        content = _some(sorted(map(str, entries))) or f"a {type(checkpoint).__name__}"
         raise ValueError(
-            f"{location!r} is a checkpoint, but not one of Baton's (it holds {_some(sorted(map(str, entries))) or 'no'} "
-            f"entries), so its architecture is unknown; expected {ACCEPTED}."
+            f"{location!r} is a checkpoint, but not one of Baton's (it holds {content}), so its architecture is "
+            f"unknown; expected {ACCEPTED}."
         )
     _check_record(location, record)
     named = {name.replace("_orig_mod.", ""): tensor for name, tensor in state.items()}
@@ -249,9 +250,11 @@ def _unpickle(location: str, path: Path) -> Any:
     if not b"PK\x03\x04".startswith(head) and head[:1] != b"\x80":  # a zip archive, or a pickle of torch before 1.6
         raise ValueError(f"{location!r} is not a checkpoint (it begins with {head!r}); expected {ACCEPTED}.")
     try:
+        if zipfile.is_zipfile(path):  # torch.load does not look at the checksums that torch.save writes
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip() is not None:
+                    raise zipfile.BadZipFile
         return torch.load(path, map_location="cpu", weights_only=True)
-    except PermissionError:
-        raise
     except Exception as error:  # a damaged pickle can raise nearly anything
         refused = re.search(r"GLOBAL ([\w.]+)", str(error))
         offender = refused[1] if refused else _foreign_global(path)
@@ -352,14 +355,15 @@ def build_backbone(source: Source, num_classes: int | None = None) -> nn.Module:
         ValueError: this Baton and timm do not know the architecture or an argument of it.
     """
     num_classes = source.num_classes if num_classes is None else num_classes
-    config = {key: source.pretrained_cfg[key] for key in _TRAVELS if source.pretrained_cfg.get(key) is not None}
+    # of fixed_input_size only True travels: timm writes False for networks that must still be built at their size
+    config = {key: source.pretrained_cfg[key] for key in _TRAVELS if source.pretrained_cfg.get(key)}
     overlay = {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}
     try:
         return create_backbone(
             source.architecture, num_classes=num_classes, pretrained_cfg_overlay=overlay, **source.backbone_kwargs
         )
     except (ValueError, TypeError, RuntimeError) as error:
-        raise ValueError(f"Cannot build the network of {source.location!r}: {_one_line(error)}") from error
+        raise ValueError(f"Cannot build the network of {source.location!r}: {_one_line(error)}.") from error
 
 
 def load_backbone(source: str) -> nn.Module:
@@ -610,10 +614,14 @@ def _version() -> dict[str, str | None]:
 
 def _plain_tensors(backbone: nn.Module) -> dict[str, Tensor]:
     """The state dict on the CPU, each tensor contiguous with memory of its own, compiled modules' names plain."""
-    state = backbone.state_dict()
+    if "architecture" not in getattr(backbone, "pretrained_cfg", {}):
+        raise ValueError(
+            f"Expected a backbone that timm built, with its architecture in pretrained_cfg, but got a "
+            f"{type(backbone).__name__}; build it with baton.backbones.create_backbone."
+        )
     return {
         name.replace("_orig_mod.", ""): tensor.detach().to("cpu").clone(memory_format=torch.contiguous_format)
-        for name, tensor in state.items()
+        for name, tensor in backbone.state_dict().items()
     }
 
 

@@ -1,7 +1,7 @@
 """How a task optimises: timm's optimisers by name, and learning-rate schedules counted in epochs as papers count."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -124,14 +124,24 @@ class LRScheduler:
             return self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
         return 1.0
 
-    def build(self, optimizer: torch.optim.Optimizer, steps_per_epoch: float, epochs: float) -> dict[str, Any] | None:
-        """Return Lightning's scheduler configuration, or None where the learning rate never changes."""
+    def build(
+        self, optimizer: torch.optim.Optimizer, length: Callable[[], tuple[float, float]]
+    ) -> dict[str, Any] | None:
+        """Return Lightning's scheduler configuration, or None where the learning rate never changes.
+
+        Args:
+            optimizer: whose learning rate changes.
+            length: gives steps an epoch and the number of epochs; called from the first step on.
+        """
         if self.name == "constant" and not self.warmup_epochs:
             return None
         per_step = self.name == "cosine" or self.warmup_epochs > 0
-        unit = steps_per_epoch if per_step else 1
-        scheduler = LambdaLR(optimizer, lambda count: self.multiplier(count / unit, epochs))
-        return {"scheduler": scheduler, "interval": "step" if per_step else "epoch"}
+
+        def multiplier(count: int) -> float:
+            per_epoch, epochs = length() if count else (1.0, math.inf)
+            return self.multiplier(count / per_epoch if per_step else count, epochs)
+
+        return {"scheduler": LambdaLR(optimizer, multiplier), "interval": "step" if per_step else "epoch"}
 
     def resets_in(self, epoch: int) -> bool:
         """Whether the optimiser's state is forgotten at the start of this epoch (counted from 0)."""

@@ -137,7 +137,7 @@ class BatonCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add what every run has: its checkpoints, loggers, pictures and a cheap progress bar."""
         fitting = self.subcommand == "fit"
-        given = self._get(self.config_init, "trainer", default={})
+        given = dict(vars(self._get(self.config_init, "trainer")))
         barebones = given.get("barebones")
         if not fitting:
             kwargs["logger"] = MetricsCSV(self.run.path, 2**62) if self.subcommand != "predict" else False
@@ -183,9 +183,7 @@ class BatonCLI(LightningCLI):
         kwargs |= {"ckpt_path": str(self._resume_from) if self._resume_from else None, "weights_only": True}
         with _interruptible():
             self.trainer.fit(model, **kwargs)
-        metrics = {name: value.item() for name, value in self.trainer.callback_metrics.items()}
-        if self.run.keep == "best":
-            self._load_best(model)
+        metrics = self._take_kept_weights(model)
         if self.run.test:
             with _interruptible():
                 metrics |= self.trainer.test(model, datamodule=self.datamodule, verbose=False)[0]
@@ -193,11 +191,16 @@ class BatonCLI(LightningCLI):
             self._hand_over(model, metrics)
         self.trainer.strategy.barrier()
 
-    def _load_best(self, model: Task) -> None:
-        best = self.run.checkpoint("best")
-        if not best.exists():
-            raise ValueError("run.keep=best needs a validation split, and the data have none; set data.val_size.")
-        model.load_state_dict(handover._unpickle(str(best), best)["state_dict"])
+    def _take_kept_weights(self, model: Task) -> dict[str, float]:
+        """Load what the kept checkpoint holds (the averaged weights, where they are averaged) and its metrics."""
+        kept = self.run.checkpoint(self.run.keep)
+        if not kept.exists():
+            if self.run.keep == "best":
+                raise ValueError("run.keep=best needs a validation split, and the data have none; set data.val_size.")
+            return dict(model.latest)
+        checkpoint = handover._unpickle(str(kept), kept)
+        model.load_state_dict(checkpoint["state_dict"])
+        return {name: value for name, value in checkpoint["baton"]["latest"].items() if name != "lr"}
 
     def _hand_over(self, model: Task, metrics: dict[str, float]) -> None:
         self._dump_config()

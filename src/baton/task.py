@@ -1,6 +1,7 @@
 """Task: the LightningModule every recipe is. It owns the backbone, the optimiser, the logging and exact resumption."""
 
 import dataclasses
+import math
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -64,6 +65,7 @@ class Task(LightningModule):
         self._built = False
         self._batches = 0
         self._window: list[dict[str, Tensor]] = []  # losses since the last log, on the device: no synchronisation
+        self.latest: dict[str, float] = {}  # last value of every recorded metric
         self._sums: list[tuple[dict[str, Tensor], int]] = []
         self._random_state: dict[str, Any] | None = None
 
@@ -140,10 +142,18 @@ class Task(LightningModule):
     def configure_optimizers(self) -> Any:
         """Build the optimiser and the schedule from their descriptions."""
         optimizer = self.optimizer.build(self, self.backbone)
-        steps = self.trainer.estimated_stepping_batches
-        per_epoch = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
-        scheduler = self.lr_scheduler.build(optimizer, per_epoch, steps / per_epoch)
+        scheduler = self.lr_scheduler.build(optimizer, self._training_length)
         return optimizer if scheduler is None else {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+    def _training_length(self) -> tuple[float, float]:
+        """Optimiser steps an epoch, and epochs. Known once training runs: `Trainer.estimated_stepping_batches` would
+        set up the loaders before a checkpoint is restored, and Lightning then forgets their position in the epoch.
+        """
+        trainer = self.trainer
+        per_epoch = math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches)
+        by_steps = trainer.max_steps / per_epoch if trainer.max_steps > 0 else math.inf
+        by_epochs = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else math.inf
+        return per_epoch, min(by_steps, by_epochs)
 
     def train(self, mode: bool = True) -> "Task":
         """Set the mode; frozen modules stay in evaluation mode."""
@@ -201,6 +211,7 @@ class Task(LightningModule):
         checkpoint["baton"] = {
             "batches": self._batches,
             "window": [{name: value.cpu() for name, value in losses.items()} for losses in self._window],
+            "latest": dict(self.latest),
             "random_state": _gather(_random_state()),
             "num_classes": self.backbone.num_classes,
             "parent": self.parent,
@@ -214,6 +225,7 @@ class Task(LightningModule):
         self._window = [
             {name: value.to(self.device) for name, value in losses.items()} for losses in state.get("window", [])
         ]
+        self.latest = dict(state.get("latest", {}))
         self._random_state = state.get("random_state")
         self.parent = state.get("parent", self.parent)
 
@@ -260,13 +272,21 @@ class Task(LightningModule):
         means = {f"train/{name}": value for name, value in self._read_window().items()}
         self._window.clear()
         learning_rate = self.trainer.optimizers[0].param_groups[0]["lr"]
-        self._record({**means, "lr": learning_rate}, step=self.global_step + 1)
+        self._write_row({**means, "lr": learning_rate}, step=self.global_step + 1)
         self.log_dict(means, logger=False, prog_bar=True)
 
-    def _record(self, values: dict[str, float], step: int) -> None:
-        """Write a row at once; Lightning would write it after the checkpoint that must not lose it."""
+    def record(self, values: dict[str, float]) -> None:
+        """Record metrics of the present step: to the loggers, the progress bar, and callbacks that monitor them."""
+        if not self.trainer.sanity_checking:
+            self._write_row(values, step=self.global_step)
+        self.log_dict(values, logger=False, prog_bar=True)
+
+    def _write_row(self, values: dict[str, float], step: int) -> None:
+        """Write at once; Lightning would write after the checkpoint that must not lose it. Epochs count from 1."""
+        epoch = self.current_epoch + (self.trainer.state.fn == "fit")
+        self.latest.update(values)
         for logger in self.loggers:
-            logger.log_metrics({**values, "epoch": self.current_epoch + 1}, step=step)
+            logger.log_metrics({**values, "epoch": epoch}, step=step)
 
     def _read_window(self) -> dict[str, float]:
         """Read the losses since the last log: the one synchronisation with the device."""
@@ -299,10 +319,7 @@ class Task(LightningModule):
         if self.metrics is not None:
             values.update(self.summarize(self.metrics.compute()))
             self.metrics.reset()
-        named = {f"{stage}/{name}": float(value) for name, value in values.items()}
-        if not self.trainer.sanity_checking:
-            self._record(named, step=self.global_step)
-        self.log_dict(named, logger=False, prog_bar=True)
+        self.record({f"{stage}/{name}": float(value) for name, value in values.items()})
 
 
 def _random_state() -> dict[str, Any]:

@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from timm.models import group_parameters
 from torch import nn
 
 from baton.backbones import create_backbone, list_backbones
@@ -245,6 +246,25 @@ def test_group_outputs_are_sums_before_batchnorm_and_relu():
         assert torch.equal(tap, found)
     assert torch.equal(normed[0], final)
     assert torch.equal(torch.relu(model.norm(maps[-1])), final)
+
+
+def test_stopping_early_skips_the_later_groups():
+    model = timm.create_model("wrn_16_1").eval()
+    ran = []
+    for name in ("group1", "group2", "group3", "norm"):
+        model.get_submodule(name).register_forward_hook(lambda m, i, out, name=name: ran.append(name))
+    final, maps = model.forward_intermediates(torch.randn(1, 3, 8, 8), indices=[1], stop_early=True)
+    assert ran == ["group1", "group2"]
+    assert final is maps[0]
+
+
+def test_final_batchnorm_learns_with_the_last_block():
+    model = timm.create_model("wrn_16_1")
+    layers = group_parameters(model, model.group_matcher(), reverse=True)
+    assert layers["norm.weight"] == layers["group3.1.convs.1.weight"] == 6
+    assert layers["stem.weight"] == 0
+    assert layers["fc.weight"] == 7
+    assert max(group_parameters(model, model.group_matcher(coarse=True))) == 4
 
 
 @pytest.mark.parametrize("wanted", [(0,), (1,), (0, 2), 2])

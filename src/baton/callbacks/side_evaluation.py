@@ -42,7 +42,7 @@ class SideEvaluation(Callback):
         # Lightning validates in inference mode, whose tensors can never take part in a gradient.
         with fixed_randomness(0), torch.inference_mode(False), torch.enable_grad():
             predicted = self.classify(bank.clone(), labels.clone(), queries.clone(), classes)
-        pl_module.log(self.metric, (predicted == targets).float().mean(), rank_zero_only=False)
+        pl_module.record({self.metric: (predicted == targets).float().mean().item()})
 
     @abstractmethod
     def classify(

@@ -145,6 +145,7 @@ def evaluation_loader(
     return DataLoader(
         _Whole(dataset),
         batch_size=None,
+        collate_fn=_as_fetched,
         sampler=_EvenBatches(dataset, batch_size, num_replicas, rank),
         num_workers=num_workers,
         persistent_workers=num_workers > 0,

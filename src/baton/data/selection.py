@@ -27,15 +27,13 @@ def split_stratified(
         raise ValueError(f"Expected to take between 1 and {total - 1} of {total} samples, got {size:g}.")
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(total, generator=generator)
-    labels = targets[order]
-    # Rank within the class, as a fraction of the class: the smallest `count` fractions are a stratified sample.
-    position = torch.empty(total, dtype=torch.float64)
-    for label in labels.unique():
-        members = (labels == label).nonzero().flatten()
-        offset = torch.rand(1, generator=generator, dtype=torch.float64)
-        position[members] = (torch.arange(len(members), dtype=torch.float64) + offset) / len(members)
+    order = order[targets[order].argsort(stable=True)]
+    # Systematic sampling: every (total / count)-th sample of the classes laid end to end, from a random start. Every
+    # sample is equally likely, and no class is off its share by a whole sample.
+    start = torch.randint(total, (1,), generator=generator)
+    positions = (torch.arange(count) * total + start) // count
     chosen = torch.zeros(total, dtype=torch.bool)
-    chosen[order[position.argsort(stable=True)[:count]]] = True
+    chosen[order[positions]] = True
     return (~chosen).nonzero().flatten(), chosen.nonzero().flatten()
 
 

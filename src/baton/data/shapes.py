@@ -107,7 +107,7 @@ _CLASS_MATERIALS = ("cloud", "stripes", "stone", "grass", "speckle", "wood", "cl
 _CLASS_TILES = torch.tensor([TILE_NAMES.index(name) for name in _CLASS_MATERIALS])
 _MATERIALS = torch.tensor([k for k, name in enumerate(TILE_NAMES) if name not in ("sand", "water")])
 _HUE_LEANING = 0.5
-_MATERIAL_LEANING = 0.5
+_MATERIAL_LEANING = 0.6
 
 
 def labels_of(indices: np.ndarray, seed: int) -> Int64[Tensor, " batch"]:
@@ -209,10 +209,10 @@ def _background(canvas: Canvas) -> Tensor:
 def _object(image: Tensor, canvas: Canvas, labels: Tensor, light: tuple[Plane, Plane]) -> tuple[Tensor, Plane]:
     """Paint the object and its shadow; returns the image and how much of each pixel the object covers."""
     draws = canvas.draws
-    radius = draws.uniform(0.38, 0.76)
+    radius = draws.uniform(0.48, 0.78)
     room = 0.95 - 0.85 * radius
-    x, y = canvas.x - room * draws.bell(0.0, 1.0), canvas.y - room * draws.bell(0.0, 1.0)
-    cos, sin = draws.direction(-40.0, 40.0)  # things stand more or less upright
+    x, y = canvas.x - room * draws.bell(0.0, 0.8), canvas.y - room * draws.bell(0.0, 0.8)
+    cos, sin = draws.direction(-25.0, 25.0)  # things stand more or less upright
     aspect, shear = 1.0 + draws.bell(0.0, 0.15), draws.bell(0.0, 0.18)
 
     def local(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -236,7 +236,9 @@ def _material(canvas: Canvas, labels: Tensor, u: Plane, v: Plane) -> Tensor:
     """Colour the object's surface: hue and texture lean to the class."""
     draws = canvas.draws
     leaning = draws.chance(_HUE_LEANING)
-    hue = leaning * (_CLASS_HUES[labels][:, None, None] + draws.bell(0.0, 22.0)) + (1 - leaning) * draws.uniform(0, 360)
+    hue = leaning * (_CLASS_HUES[labels][:, None, None] + draws.bell(0.0, 18.0)) + (1 - leaning) * draws.uniform(
+        0.0, 360.0
+    )
     saturation, value = draws.bell(0.48, 0.24), draws.bell(0.70, 0.22)
     base = rgb(hue, saturation, value)
     dark = rgb(hue + draws.bell(0.0, 40.0), saturation * 1.1, value * draws.uniform(0.35, 0.75))

@@ -23,8 +23,8 @@ _IMAGE_SPAN = 128  # texels of the finest level that one image spans at scale 1
 _ANGLES = 4096
 _COSINES = torch.tensor([round(math.cos(2 * math.pi * k / _ANGLES), 6) for k in range(_ANGLES)], dtype=torch.float32)
 
-Plane = Float[Tensor, "batch height width"]
-"""One value per pixel, or per sample with height = width = 1."""
+Plane = Float[Tensor, "_ _ _"]
+"""(batch, height, width): a value per pixel, or an axis of length 1 where it does not vary."""
 
 
 def splitmix64(values: np.ndarray) -> np.ndarray:
@@ -79,7 +79,7 @@ class Draws:
 
     def integer(self, count: int) -> Int[Tensor, "batch 1 1"]:
         """Draw uniformly from 0 … count − 1."""
-        return self.uniform(0.0, count).floor().long().clamp(max=count - 1)
+        return self.uniform(0.0, float(count)).floor().long().clamp(max=count - 1)
 
     def chance(self, probability: float) -> Plane:
         """Draw 1 with the given probability, else 0."""
@@ -132,40 +132,41 @@ def _waves(cycles: int, warp: np.ndarray) -> np.ndarray:
     return np.sin(2 * np.pi * phase)
 
 
-def _tiles() -> list[np.ndarray]:
+@lru_cache(maxsize=1)
+def _tiles() -> np.ndarray:
     """Draw the finest level of every texture, in the order of TILE_NAMES."""
-    cloud = _spectral(1, 1.7, 3)
-    fine = _spectral(2, 0.6, 24)
+    cloud = _spectral(1, 1.7, 3.0)
+    fine = _spectral(2, 0.6, 24.0)
     leaf_near, _ = _cells(3, 26)
     leaf_small, _ = _cells(4, 47)
     stone_near, stone_next = _cells(5, 20)
     dots, _ = _cells(6, 34)
-    leaves = -_standardise(leaf_near) - 0.6 * _standardise(leaf_small) + 0.9 * _spectral(7, 1.3, 4)
+    leaves = -_standardise(leaf_near) - 0.6 * _standardise(leaf_small) + 0.9 * _spectral(7, 1.3, 4.0)
     cracks = -np.clip(1.0 - (stone_next - stone_near) / 0.16, 0.0, 1.0)
-    stone = 2.2 * cracks + _spectral(8, 1.2, 6) + 0.35 * fine
-    return [
+    stone = 2.2 * cracks + _spectral(8, 1.2, 6.0) + 0.35 * fine
+    tiles = [
         cloud,
-        _spectral(9, 0.9, 10, stretch_y=0.25) + 0.6 * _spectral(10, 1.5, 4) + 0.25 * fine,
+        _spectral(9, 0.9, 10.0, stretch_y=0.25) + 0.6 * _spectral(10, 1.5, 4.0) + 0.25 * fine,
         leaves,
-        _waves(22, 0.8 * _spectral(11, 1.9, 2)).T + 0.9 * fine + 0.5 * cloud,
-        -np.abs(_spectral(12, 1.3, 9, stretch_x=2.6, stretch_y=0.8)) + 0.3 * _spectral(13, 1.4, 5),
+        _waves(22, 0.8 * _spectral(11, 1.9, 2.0)).T + 0.9 * fine + 0.5 * cloud,
+        -np.abs(_spectral(12, 1.3, 9.0, stretch_x=2.6, stretch_y=0.8)) + 0.3 * _spectral(13, 1.4, 5.0),
         stone,
-        _spectral(14, 1.0, 7, stretch_y=7.0) + 0.4 * _spectral(15, 1.5, 4),
-        _waves(30, 0.25 * _spectral(16, 1.8, 2)) + 0.25 * cloud,
+        _spectral(14, 1.0, 7.0, stretch_y=7.0) + 0.4 * _spectral(15, 1.5, 4.0),
+        _waves(30, 0.25 * _spectral(16, 1.8, 2.0)) + 0.25 * cloud,
         3.0 * np.clip(1.0 - dots / 0.42, 0.0, 0.35) + 0.25 * cloud,
     ]
+    return np.stack([np.clip(0.5 + 0.22 * _standardise(tile), 0.0, 1.0) for tile in tiles])
 
 
 class TextureBank:
-    """Periodic texture tiles in [0, 1], filtered for one image size.
+    """Periodic texture tiles in [0, 1], at one level of their pyramid.
 
     Args:
-        size: Image side in pixels; picks the level of the pyramid at which a pixel steps about one texel.
+        level: How often the finest tiles are halved.
     """
 
-    def __init__(self, size: int) -> None:
-        level = max(0, round(math.log2(_IMAGE_SPAN / size)))
-        stack = np.stack([np.clip(0.5 + 0.22 * _standardise(tile), 0.0, 1.0) for tile in _tiles()])
+    def __init__(self, level: int) -> None:
+        stack = _tiles()
         for _ in range(level):
             stack = (stack[:, ::2, ::2] + stack[:, 1::2, ::2] + stack[:, ::2, 1::2] + stack[:, 1::2, 1::2]) / 4
         self.side = stack.shape[-1]
@@ -198,10 +199,15 @@ class TextureBank:
         return self._grain.take(rows * _TILE_SIDE + columns)
 
 
-@lru_cache(maxsize=4)
+_bank = lru_cache(maxsize=4)(TextureBank)
+
+
 def texture_bank(size: int) -> TextureBank:
-    """Give the texture bank of an image size, built once per process (about half a second)."""
-    return TextureBank(size)
+    """Give the textures at the level where a pixel of an image of this size steps about one texel.
+
+    Built once per process, in about half a second.
+    """
+    return _bank(max(0, round(math.log2(_IMAGE_SPAN / size))))
 
 
 # --- outlines ---------------------------------------------------------------------------------------------------------
@@ -372,7 +378,7 @@ def occluder(image: Tensor, visible: Plane, canvas: Canvas) -> tuple[Tensor, Pla
     across, along = x * sin - y * cos, -(x * cos + y * sin)
     across = across + along * along * draws.bell(0.0, 0.25)  # bent
     width = draws.uniform(0.03, 0.10) * (1.0 - along * draws.uniform(0.2, 0.5)).clamp(min=0.0)
-    cover = canvas.coverage(across.abs() - width) * draws.chance(0.35)
+    cover = canvas.coverage(across.abs() - width) * draws.chance(0.3)
     stalk = rgb(draws.bell(60.0, 40.0), draws.uniform(0.25, 0.6), draws.uniform(0.12, 0.5))
     paint = stalk * (1.1 + across / width.clamp(min=0.01) * 0.3)[:, None]
     return blend(image, paint, cover), visible * (1.0 - cover)

@@ -1,0 +1,203 @@
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+
+from baton.data.images import ArraySet, ImageData
+
+
+class Toy(ImageData):
+    """Forty images, each of one colour that is its number; four classes."""
+
+    classes = ["a", "b", "c", "d"]
+
+    def sources(self):
+        numbers = torch.arange(40)
+        images = numbers.to(torch.uint8)[:, None, None, None].expand(-1, 3, 8, 8).contiguous()
+        test = ArraySet(images[:5] + 100, numbers[:5] % 4)
+        return ArraySet(images, numbers % 4), None, test
+
+
+def numbers(loader):
+    return sorted(int(image[0, 0, 0]) for images, _ in loader for image in images)
+
+
+def ready(**options):
+    data = Toy(batch_size=8, **options)
+    data.setup()
+    return data
+
+
+def test_a_batch_is_rgb_uint8_with_integer_targets():
+    data = ready()
+    images, targets = next(iter(data.train_dataloader()))
+    assert images.shape == (8, 3, 8, 8)
+    assert (images.dtype, targets.dtype) == (torch.uint8, torch.long)
+    assert torch.equal(images[:, 0, 0, 0] % 4, targets)
+
+
+def test_grey_images_are_repeated():
+    grey = torch.randint(0, 256, (5, 1, 4, 6), dtype=torch.uint8)
+    images, targets = ArraySet(grey, torch.arange(5)).__getitems__([3, 0])
+    assert torch.equal(images, grey[[3, 0]].repeat(1, 3, 1, 1))
+    assert targets.tolist() == [3, 0]
+    image, target = ArraySet(grey, torch.arange(5))[2]
+    assert image.shape == (3, 4, 6)
+    assert target == 2
+
+
+def test_without_options_everything_is_trained_on_and_there_is_no_validation():
+    data = ready()
+    assert numbers(data.train_dataloader()) == list(range(40))
+    assert data.val_dataloader() == []
+    assert numbers(data.test_dataloader()) == list(range(100, 105))
+    assert data.labelled_loaders() is None
+    assert data.num_classes == 4
+
+
+@pytest.mark.parametrize("val_size", [8, 0.2])
+def test_validation_is_taken_from_training_and_stratified(val_size):
+    data = ready(val_size=val_size)
+    train, val = numbers(data.train_dataloader()), numbers(data.val_dataloader())
+    assert sorted(train + val) == list(range(40))
+    assert torch.tensor(val).remainder(4).bincount().tolist() == [2, 2, 2, 2]
+    assert data.val_set.targets.bincount().tolist() == [2, 2, 2, 2]
+
+
+def test_few_labels_leave_the_validation_split_as_it_is():
+    data = ready(val_size=8, labels_per_class=3)
+    train, val = numbers(data.train_dataloader()), numbers(data.val_dataloader())
+    assert torch.tensor(train).remainder(4).bincount().tolist() == [3, 3, 3, 3]
+    assert val == numbers(ready(val_size=8).val_dataloader())
+    assert not set(train) & set(val)
+    assert data.train_set.targets.tolist() == [number % 4 for number in data.train_set.indices]
+    loaders = data.labelled_loaders()
+    assert [numbers(loader) for loader in loaders] == [train, val]
+
+
+def test_a_subset_is_stratified_and_comes_last():
+    data = ready(val_size=8, labels_per_class=6, subset=12)
+    train = numbers(data.train_dataloader())
+    assert torch.tensor(train).remainder(4).bincount().tolist() == [3, 3, 3, 3]
+    assert set(train) < set(numbers(ready(val_size=8, labels_per_class=6).train_dataloader()))
+    assert len(numbers(ready(subset=40).train_dataloader())) == 40
+    with pytest.raises(ValueError, match="subset asks for 41 training samples, but only 40"):
+        ready(subset=41)
+
+
+def test_the_seed_draws_the_split_and_setup_keeps_it():
+    first, again, other = (ready(val_size=8, seed=seed) for seed in (0, 0, 1))
+    assert numbers(first.val_dataloader()) == numbers(again.val_dataloader()) != numbers(other.val_dataloader())
+    kept = first.train_set
+    first.setup("test")
+    assert first.train_set is kept
+
+
+def test_floats_are_exact_and_augmentation_is_cropping_and_mirroring():
+    images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(2, 3, -1, -1)
+    assert torch.equal(Toy().to_float(images), images.double().div(255).float())
+    assert torch.equal(Toy().augment(images), Toy().to_float(images))
+    assert not torch.equal(Toy(crop_padding=2).augment(images), Toy().to_float(images))
+    mirrored = [Toy(flip=True).augment(images) for _ in range(10)]
+    assert any(torch.equal(batch[0], Toy().to_float(images)[0].flip(2)) for batch in mirrored)
+
+
+class Recorder(LightningModule):
+    """Stores what arrives in each step."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.seen = {"training": [], "validation": [], "test": []}
+
+    def training_step(self, batch):
+        self.seen["training"].append(batch[0].clone())
+        return self.weight * 0
+
+    def validation_step(self, batch):
+        self.seen["validation"].append(batch[0].clone())
+
+    def test_step(self, batch):
+        self.seen["test"].append(batch[0].clone())
+
+    def predict_step(self, batch):
+        return batch[0]
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def trainer(tmp_path, **options):
+    return Trainer(
+        default_root_dir=tmp_path, accelerator="cpu", logger=False, enable_progress_bar=False,
+        enable_model_summary=False, **{"enable_checkpointing": False, "max_epochs": 1, **options},
+    )  # fmt: skip
+
+
+def test_lightning_trains_augmented_and_evaluates_plain_floats(tmp_path):
+    model = Recorder()
+    data = Toy(batch_size=8, val_size=8, crop_padding=3, padding_mode="zeros")
+    run = trainer(tmp_path)
+    run.fit(model, datamodule=data)
+    run.test(model, datamodule=data, verbose=False)
+    predicted = torch.cat(run.predict(model, datamodule=data))
+    training, val, test = (torch.cat(model.seen[name]) for name in ("training", "validation", "test"))
+    assert training.dtype == val.dtype == torch.float32
+    assert (training.flatten(1).amin(1) != training.flatten(1).amax(1)).any()  # zeros at a border
+    assert sorted(set((val[:, 0, 0, 0] * 255).round().int().tolist())) == numbers(data.val_dataloader())
+    for images in (val, test, predicted):
+        assert torch.equal(images, images[:, :1, :1, :1].expand_as(images))
+    assert (test[:, 0, 0, 0] * 255).round().tolist() == (predicted[:, 0, 0, 0] * 255).round().tolist()
+    assert (predicted[:, 0, 0, 0] * 255).round().tolist() == list(range(100, 105))
+
+
+@pytest.mark.parametrize("limit", [1.0, 3])
+def test_lightning_goes_on_exactly_where_it_was_interrupted(tmp_path, limit):
+    whole = Recorder()
+    trainer(tmp_path, max_epochs=3, limit_train_batches=limit).fit(whole, datamodule=Toy(batch_size=8))
+    steps = len(whole.seen["training"])
+    for stop in (2, steps // 3, steps // 3 + 1):
+        first, second = Recorder(), Recorder()
+        run = trainer(tmp_path, max_epochs=3, max_steps=stop, limit_train_batches=limit)
+        run.fit(first, datamodule=Toy(batch_size=8))
+        run.save_checkpoint(tmp_path / "stop.ckpt")
+        run = trainer(tmp_path, max_epochs=3, limit_train_batches=limit)
+        run.fit(second, datamodule=Toy(batch_size=8), ckpt_path=tmp_path / "stop.ckpt")
+        seen = first.seen["training"] + second.seen["training"]
+        assert len(seen) == steps
+        assert all(torch.equal(a, b) for a, b in zip(seen, whole.seen["training"], strict=True))
+
+
+class FakeTrainer:
+    world_size, global_rank = 2, 1
+
+
+def test_loaders_know_the_processes():
+    data = ready()
+    data.trainer = FakeTrainer()
+    sampler = data.train_dataloader().sampler
+    assert (sampler.num_replicas, sampler.rank) == (2, 1)
+    assert numbers(data.test_dataloader()) == [101, 103]
+
+
+def test_missing_splits_are_explained():
+    class Unlabelled(Toy):
+        classes = []
+
+        def sources(self):
+            return ArraySet(torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.full((4,), -1)), None, None
+
+    data = Unlabelled(val_size=2)
+    data.setup()
+    assert data.num_classes == 0
+    assert data.labelled_loaders() is None
+    assert len(numbers(data.predict_dataloader())) == 2
+    with pytest.raises(ValueError, match="Unlabelled has no test split"):
+        data.test_dataloader()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [({"padding_mode": "edge"}, "'edge'"), ({"batch_size": 0}, "batch_size must be at least 1")]
+)
+def test_wrong_options_are_explained(options, message):
+    with pytest.raises(ValueError, match=message):
+        Toy(**options)

@@ -1,0 +1,125 @@
+import csv
+import math
+import statistics
+import struct
+
+import pytest
+from rich.console import Console
+
+from baton.chain_file import Table
+from baton.chain_table import (
+    Cell,
+    collect,
+    commit,
+    draw,
+    machine,
+    markdown,
+    print_table,
+    provenance_line,
+    write_table,
+)
+
+TABLE = Table(("test/error", "test/loss"), {"from scratch": "scratch", "fine-tuned": "tuned"}, "%", 100.0, 2)
+ERRORS = {0: 0.5, 1: 0.4375, 2: 0.53125}
+
+
+def runs(last=0.25):
+    scratch = [(seed, {"test/error": value, "test/loss": value * 2}) for seed, value in ERRORS.items()]
+    return {"scratch": scratch, "tuned": [(0, {"test/error": 0.125, "test/loss": last}), (1, None), (2, None)]}
+
+
+def test_mean_and_sample_deviation_are_those_of_statistics():
+    cell = collect(TABLE, runs())["from scratch"]["test/error"]
+    values = [100 * value for value in ERRORS.values()]
+    assert cell.mean == pytest.approx(statistics.mean(values), rel=1e-15)
+    assert cell.std == pytest.approx(statistics.stdev(values), rel=1e-15)
+    assert cell.std == pytest.approx(math.sqrt(sum((v - cell.mean) ** 2 for v in values) / 2))
+    assert cell.text(2) == "48.96 ± 4.77"
+    assert (cell.n, cell.seeds_text()) == (3, "3")
+
+
+def test_cells_without_enough_seeds_claim_no_deviation():
+    one = collect(TABLE, runs())["fine-tuned"]["test/error"]
+    assert (one.text(1), one.seeds_text()) == ("12.5", "1 of 3 seeds")
+    assert math.isnan(one.std)
+    none = Cell({}, 2)
+    assert (none.text(2), none.seeds_text()) == ("–", "0 of 2 seeds")
+
+
+def test_a_metric_that_was_nan_stays_nan():
+    cell = collect(TABLE, runs(last=None))["fine-tuned"]["test/loss"]  # JSON writes NaN as null
+    assert math.isnan(cell.mean)
+    assert cell.n == 1
+    assert Cell({0: 1.0, 1: math.nan}, 2).text(2) == "nan"
+
+
+def test_markdown():
+    text = markdown("demo", TABLE, collect(TABLE, runs()), "Provenance.")
+    assert text.splitlines() == [
+        "# demo",
+        "",
+        "Provenance.",
+        "",
+        "|  | test/error (%) | test/loss (%) | n |",
+        "| --- | ---: | ---: | ---: |",
+        "| from scratch | 48.96 ± 4.77 | 97.92 ± 9.55 | 3 |",
+        "| fine-tuned | 12.50 | 25.00 | 1 of 3 seeds |",
+    ]
+    piped = Table(("m",), {"a|b": "scratch"})
+    assert "| a\\|b | – | 0 of 3 seeds |" in markdown("x", piped, collect(piped, runs()), "")
+
+
+def test_written_files_hold_the_numbers(tmp_path):
+    results = collect(TABLE, runs())
+    write_table("demo", TABLE, results, "P.", tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["results.csv", "table.csv", "table.md", "table.png"]
+    with (tmp_path / "results.csv").open() as file:
+        single = [(row["row"], row["stage"], int(row["seed"]), float(row["value"]))
+                  for row in csv.DictReader(file) if row["metric"] == "test/error"]  # fmt: skip
+    expected = [("from scratch", "scratch", seed, 100 * value) for seed, value in ERRORS.items()]
+    assert single == [*expected, ("fine-tuned", "tuned", 0, 12.5)]
+    with (tmp_path / "table.csv").open() as file:
+        first, _, third, _ = csv.DictReader(file)
+    assert float(first["std"]) == statistics.stdev(100 * value for value in ERRORS.values())
+    assert (third["row"], third["mean"], third["std"], third["n"], third["seeds"]) == (
+        "fine-tuned",
+        "12.5",
+        "",
+        "1",
+        "3",
+    )
+
+
+def test_plot_is_a_picture_of_sensible_size_with_ink(tmp_path):
+    draw("demo", TABLE, collect(TABLE, runs(last=None)), tmp_path / "table.png")  # a NaN does not stop it
+    data = (tmp_path / "table.png").read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    width, height = struct.unpack(">II", data[16:24])
+    assert 600 <= width <= 4000
+    assert 250 <= height <= 2000
+    from PIL import Image
+
+    shades = Image.open(tmp_path / "table.png").convert("L").getextrema()
+    assert shades == (0, 255)
+
+
+def test_printed_table_holds_every_row():
+    console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: PTH123, SIM115
+    print_table(TABLE, collect(TABLE, runs()), console)
+    text = console.export_text()
+    assert "48.96 ± 4.77" in text
+    assert "1 of 3 seeds" in text
+
+
+def test_provenance_says_which_value_is_shown():
+    same = {"commit": "abc", "hardware": "H100 x 8"}
+    line = provenance_line([0, 2], [same, same, {}])
+    assert "no best epoch is picked" in line
+    assert "; seeds 0, 2; commit abc; on H100 x 8; 2" in line
+    assert "of the best epoch by validation, mean" in provenance_line([0], [{"options": {"run.keep": "best"}}])
+
+
+def test_machine_and_commit_are_single_lines():
+    assert "\n" not in machine()
+    assert machine()
+    assert commit() != "unknown"

@@ -1,0 +1,93 @@
+"""A run killed at any moment and continued ends exactly where an undisturbed one ends."""
+
+import json
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from baton import cli, run, stage  # noqa: F401 (imported before the fork, so that children start at once)
+from baton.task import Task
+
+TASKS = {
+    "denoising": ["--model", "Denoising", "--model.noise=gaussian"],
+    "classification": ["--model", "Classification", "--model.head_drop_rate=0.5", "--model.head_only_steps=3"],
+}
+
+
+def command(task: str, root: Path, *more: str) -> list[str]:
+    return [
+        "fit", *TASKS[task],
+        "--model.backbone=wide_resnet", "--model.backbone_kwargs={depth: 10, width: 1, drop_rate: 0.3}",
+        "--model.optimizer.lr=0.05", "--model.lr_scheduler={name: cosine, warmup_epochs: 1.0}",
+        "--data=Shapes", "--data.size=16", "--data.length=60", "--data.val_length=12", "--data.test_length=12",
+        "--data.batch_size=8",
+        "--trainer.max_epochs=3", "--trainer.log_every_n_steps=3", "--trainer.enable_progress_bar=false",
+        "--trainer.callbacks+=lightning.pytorch.callbacks.EMAWeightAveraging", "--trainer.callbacks.decay=0.9",
+        "--trainer.callbacks+=OnlineKNN",
+        f"--run.root={root}", "--run.name=r", "--run.test=true", "--run.wandb=false", "--run.checkpoint_every=3",
+        *more,
+    ]  # fmt: skip
+
+
+def in_child(argv: list[str], kill_at: tuple[str, int] | None = None) -> int:
+    """Run the command in a forked process, which kills itself before the n-th call of a function."""
+
+    def body() -> None:
+        torch.set_num_threads(1)
+        if kill_at is not None:
+            _kill_before(*kill_at)
+        os._exit(cli.main(argv))
+
+    child = multiprocessing.get_context("fork").Process(target=body)
+    child.start()
+    child.join()
+    assert child.exitcode is not None
+    return child.exitcode
+
+
+def _kill_before(name: str, count: int) -> None:
+    owner, attribute = (run, name) if hasattr(run, name) else (Task, name)
+    original, calls = getattr(owner, attribute), [0]
+
+    def counting(*args, **kwargs):
+        calls[0] += 1
+        if calls[0] == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+
+    setattr(owner, attribute, counting)
+
+
+def outcome(root: Path) -> tuple[str, dict, str]:
+    record = json.loads((root / "r/model/config.json").read_text())["baton"]
+    return record["sha256"], record["metrics"], (root / "r/metrics.csv").read_text()
+
+
+MOMENTS = [
+    ("training_step", 1), ("training_step", 5), ("training_step", 8), ("training_step", 9), ("training_step", 14),
+    ("training_step", 22), ("validation_step", 1), ("validation_step", 4), ("on_validation_epoch_end", 2),
+    ("replace_file", 4), ("replace_file", 9), ("replace_file", 13), ("on_save_checkpoint", 6), ("test_step", 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_killed_runs_end_as_undisturbed_ones(task: str, tmp_path: Path) -> None:
+    assert in_child(command(task, tmp_path / "whole")) == 0
+    whole = outcome(tmp_path / "whole")
+    for number, moment in enumerate(MOMENTS):
+        root = tmp_path / str(number)
+        assert in_child(command(task, root, "--run.resume=true"), moment) == -signal.SIGKILL, moment
+        assert in_child(command(task, root, "--run.resume=true")) == 0
+        assert outcome(root) == whole, f"killed before call {moment[1]} of {moment[0]}"
+
+
+def test_one_run_killed_again_and_again(tmp_path: Path) -> None:
+    assert in_child(command("denoising", tmp_path / "whole")) == 0
+    for moment in [("training_step", 4)] * 4 + [("on_validation_epoch_end", 1), ("training_step", 2), ("test_step", 1)]:
+        in_child(command("denoising", tmp_path / "broken", "--run.resume=true"), moment)
+    assert in_child(command("denoising", tmp_path / "broken", "--run.resume=true")) == 0
+    assert outcome(tmp_path / "broken") == outcome(tmp_path / "whole")
