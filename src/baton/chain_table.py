@@ -209,7 +209,7 @@ def log_to_wandb(name: str, table: Table, results: Results, folder: Path) -> Non
     try:
         import wandb
 
-        if not wandb.api.api_key:
+        if not wandb.login(prompt=False):
             return
         header, lines = rows_of(table, results)
         project = os.environ.get("WANDB_PROJECT", "baton")

@@ -15,7 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.utilities import rank_zero_only
 
 import baton.backbones  # noqa: F401 (registers)
-import baton.data.sources  # noqa: F401 (makes short names known)
+import baton.data  # noqa: F401 (makes short names known)
 import baton.distill
 import baton.ssl_tasks
 import baton.supervised  # noqa: F401

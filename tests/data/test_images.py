@@ -1,6 +1,7 @@
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from baton.data.images import ArraySet, ImageData
 
@@ -153,18 +154,15 @@ def test_lightning_trains_augmented_and_evaluates_plain_floats(tmp_path):
 @pytest.mark.parametrize("limit", [1.0, 3])
 def test_lightning_goes_on_exactly_where_it_was_interrupted(tmp_path, limit):
     whole = Recorder()
-    trainer(tmp_path, max_epochs=3, limit_train_batches=limit).fit(whole, datamodule=Toy(batch_size=8))
-    steps = len(whole.seen["training"])
-    for stop in (2, steps // 3, steps // 3 + 1):
-        first, second = Recorder(), Recorder()
-        run = trainer(tmp_path, max_epochs=3, max_steps=stop, limit_train_batches=limit)
-        run.fit(first, datamodule=Toy(batch_size=8))
-        run.save_checkpoint(tmp_path / "stop.ckpt")
-        run = trainer(tmp_path, max_epochs=3, limit_train_batches=limit)
-        run.fit(second, datamodule=Toy(batch_size=8), ckpt_path=tmp_path / "stop.ckpt")
-        seen = first.seen["training"] + second.seen["training"]
-        assert len(seen) == steps
-        assert all(torch.equal(a, b) for a, b in zip(seen, whole.seen["training"], strict=True))
+    keep = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    options = {"max_epochs": 3, "limit_train_batches": limit, "enable_checkpointing": True}
+    trainer(tmp_path, callbacks=keep, **options).fit(whole, datamodule=Toy(batch_size=8))
+    expected = whole.seen["training"]
+    for stop in (2, len(expected) // 3, len(expected) // 3 + 1):
+        again = Recorder()
+        trainer(tmp_path, **options).fit(again, datamodule=Toy(batch_size=8), ckpt_path=tmp_path / f"step={stop}.ckpt")
+        assert len(again.seen["training"]) == len(expected) - stop
+        assert all(torch.equal(a, b) for a, b in zip(again.seen["training"], expected[stop:], strict=True))
 
 
 class FakeTrainer:
