@@ -1,7 +1,8 @@
 """How fast Baton brings CIFAR-size batches to floats: against per-sample PIL transforms and against kornia.
 
 All contestants run in one process, in turns; a ratio is the median of the rounds' ratios, so that a machine that
-slows down meanwhile slows all of them. Images are generated: nothing is downloaded.
+slows down meanwhile slows all of them. With one thread its CPU time counts, which other programs hardly disturb; with
+more, the time on the wall, which means little unless the machine is idle. Images are generated: nothing is downloaded.
 
     python benchmarks/data_path.py [--rounds 15] [--threads 1 2]
 
@@ -67,9 +68,10 @@ def seconds_per_image(batches: Any, augment: Callable[[torch.Tensor], torch.Tens
     iterator = iter(batches)
     for _ in range(2):
         augment(next(iterator)[0])
-    start = time.perf_counter()
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    start = clock()
     images = sum(len(augment(next(iterator)[0])) for _ in range(count))
-    return (time.perf_counter() - start) / images
+    return (clock() - start) / images
 
 
 def race(rounds: int) -> dict[str, list[float]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from baton.chain_launch import WarmProcesses, device_count, hold
+from baton.chain_launch import WarmProcesses, check_stage, device_count, hold
 
 HERE = str(Path(__file__).parent)
 
@@ -63,9 +63,23 @@ def test_the_stage_is_a_fork_of_a_server_without_threads(warm, tmp_path):
 def test_check_reports_each_stage(warm, tmp_path):
     good, bad = command(tmp_path, "--trainer.devices", "4"), command(tmp_path, "--stpes", "3")
     found = warm.check([good, bad, []], [None, None, None])
-    assert [result.error for result in found] == [None, "baton: error: unknown option stpes", None]
+    assert [result.error for result in found] == [None, "unknown option stpes", None]
     assert found[0].config == {"trainer": {"devices": 4, "accelerator": "cpu"}}
     assert not any((tmp_path / "runs").iterdir())  # nothing was run
+
+
+def test_an_entry_with_a_check_of_its_own_is_asked(monkeypatch):
+    import types
+
+    def check(argv):
+        if "--bad" in argv:
+            raise ValueError("no such option --bad")
+        return {"trainer": {"devices": 2}}
+
+    monkeypatch.setitem(sys.modules, "own_entry", types.SimpleNamespace(check=check, main=None))
+    assert check_stage(["fit"], "own_entry:main") == {"trainer": {"devices": 2}}
+    with pytest.raises(ValueError, match="no such option --bad"):
+        check_stage(["fit", "--bad"], "own_entry:main")
 
 
 @pytest.mark.parametrize(

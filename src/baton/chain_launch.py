@@ -57,6 +57,9 @@ class Checked:
 def check_stage(argv: list[str], entry: str = ENTRY) -> dict[str, Any]:
     """Parse a stage's command without running it, so that a misspelt option fails now and not at hour three.
 
+    If the entry's module has a function ``check(argv) -> dict``, that is asked; else the entry is called with
+    ``--print_config``, which finds unknown options and wrong types, but not an unknown backbone's name.
+
     Args:
         argv: the stage's command.
         entry: "module:function" that runs a stage.
@@ -67,6 +70,9 @@ def check_stage(argv: list[str], entry: str = ENTRY) -> dict[str, Any]:
     Raises:
         ValueError: with the entry's own sentence, if it refuses the command.
     """
+    check = getattr(importlib.import_module(entry.partition(":")[0]), "check", None)
+    if check is not None:
+        return check(argv)
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
@@ -74,8 +80,8 @@ def check_stage(argv: list[str], entry: str = ENTRY) -> dict[str, Any]:
         except SystemExit as stop:
             code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     if code:
-        lines = [line.strip() for line in err.getvalue().splitlines() if line.strip()]
-        raise ValueError(lines[-1] if lines else f"the check ended with exit code {code}.")
+        said = " ".join(err.getvalue().split()).rpartition("baton: error: ")[2]
+        raise ValueError(said or f"the check ended with exit code {code}.")
     try:
         config = yaml.safe_load(out.getvalue())
     except yaml.YAMLError:

@@ -130,8 +130,6 @@ class Run:
     def _wandb_logger(self) -> WandbLogger:
         import secrets
 
-        import wandb
-
         identity = self.path / "wandb_id.txt"
         if not identity.exists() and rank_zero_only.rank == 0:
             identity.write_text(secrets.token_hex(4))
@@ -142,9 +140,9 @@ class Run:
             save_dir=self.path,
             group=self.chain,
             job_type=self.stage,
-            offline=not is_logged_in(),
+            mode="online" if is_logged_in() else "offline",
             resume="allow",
-            settings=wandb.Settings(console="off", silent=True, disable_git=False, x_disable_stats=True),
+            settings={"console": "off", "silent": True},
         )
 
 
@@ -154,7 +152,7 @@ def is_logged_in() -> bool:
         return False
     import wandb
 
-    return bool(wandb.api.api_key)
+    return bool(wandb.login(prompt=False))
 
 
 class MetricsCSV(Logger):

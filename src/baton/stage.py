@@ -43,7 +43,7 @@ def run_stage(command: str, args: Sequence[str]) -> int:
         seed_everything_default=0,
         trainer_defaults={"num_sanity_val_steps": 0, "max_epochs": 10, "log_every_n_steps": 50},
         parser_class=Parser,
-        parser_kwargs={"prog": "baton"},
+        parser_kwargs={"prog": "baton", "allow_abbrev": False},
     )
     return 0
 
@@ -149,13 +149,16 @@ class BatonCLI(LightningCLI):
         kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
         config = {**given, **kwargs}
         if not barebones:
+            # Lightning's own default is a bar and a summary, also in a log file.
+            shows_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
+            config["enable_progress_bar"] = shows_bar
             config["enable_model_summary"] = bool(config.get("enable_model_summary"))
         return self._instantiate_trainer(config, callbacks)
 
     def _callbacks(self, given: dict[str, Any]) -> list[Callback]:
         own = given.get("callbacks") or []
         callbacks: list[Callback] = []
-        if given.get("enable_progress_bar") is not False and sys.stdout.isatty():
+        if given.get("enable_progress_bar") or (given.get("enable_progress_bar") is None and sys.stdout.isatty()):
             callbacks.append(ProgressBar())
         if self.subcommand == "predict":
             return [*callbacks, PredictionWriter(str(self.run.path / "predictions"))]
@@ -186,7 +189,8 @@ class BatonCLI(LightningCLI):
         metrics = self._take_kept_weights(model)
         if self.run.test:
             with _interruptible():
-                metrics |= self.trainer.test(model, datamodule=self.datamodule, verbose=False)[0]
+                self.trainer.test(model, datamodule=self.datamodule, verbose=False)
+            metrics |= {name: value for name, value in model.latest.items() if name.startswith("test/")}
         if self.trainer.is_global_zero and not self.trainer.fast_dev_run:
             self._hand_over(model, metrics)
         self.trainer.strategy.barrier()

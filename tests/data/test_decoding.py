@@ -5,7 +5,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
@@ -61,17 +61,15 @@ def test_exif_orientation_is_applied(tmp_path, suffix, orientation):
     exif = Image.Exif()
     exif[274] = orientation
     plain = Image.fromarray(np.kron(PIXELS[:4, :6], np.ones((8, 8, 1), np.uint8)))
-    plain.save(path, exif=exif, **({"quality": 98} if suffix == "jpg" else {"lossless": True}))
+    plain.save(path, exif=exif, **({"quality": 98, "subsampling": 0} if suffix == "jpg" else {"lossless": True}))
     turns = {
         1: lambda a: a, 2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipud, 5: lambda a: a.transpose(1, 0, 2),
         6: lambda a: np.rot90(a, -1), 7: lambda a: np.rot90(a, 2).transpose(1, 0, 2), 8: np.rot90,
     }  # fmt: skip
     expected = torch.from_numpy(turns[orientation](np.array(plain)).copy()).permute(2, 0, 1)
-    with Image.open(path) as image:
-        assert torch.equal(as_tensor(ImageOps.exif_transpose(image)) > 300, expected > 300)
     decoded = decode(path)
     assert decoded.shape == expected.shape
-    assert (decoded.float() - expected.float()).abs().mean() < (25 if suffix == "jpg" else 1e-9)
+    assert (decoded.float() - expected.float()).abs().mean() <= (5 if suffix == "jpg" else 0)
 
 
 @pytest.mark.parametrize("channels", [1, 3])

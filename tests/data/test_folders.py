@@ -56,7 +56,7 @@ def test_a_mixture_no_images_and_an_empty_class_are_explained(tmp_path):
     with pytest.raises(ValueError, match=r"mixes class folders \(cat\) and loose images \(b.jpg\)"):
         find_classes(tmp_path / "mixed")
     for labelled in (None, True, False):
-        with pytest.raises(ValueError, match="none holds no images; expected files that end in .jpg"):
+        with pytest.raises(ValueError, match=r"none holds no images; expected files that end in \.jpg"):
             find_classes(tmp_path / "none", labelled)
     with pytest.raises(ValueError, match=f"The class folder {tmp_path}/gap/emu holds no images"):
         find_classes(tmp_path / "gap")

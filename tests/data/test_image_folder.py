@@ -111,7 +111,7 @@ def test_unlabelled_folders(root):
 def test_an_unreadable_file_stops_or_is_skipped_and_counted(root):
     (root / "a cat" / "1.png").write_bytes((root / "a cat" / "1.png").read_bytes()[:100])
     (root / "dög" / "9.jpg").write_text("no image")
-    with pytest.raises(ValueError, match=r"Cannot read the image .*a cat/1.png"):
+    with pytest.raises(ValueError, match=r"Cannot read the image .*(a cat/1.png|dög/9.jpg)"):
         images_of(ready(root).train_dataloader())
     with pytest.warns(UserWarning, match=r"Skipped 2 unreadable of 13 images, e.g. .*a cat/1.png\."):
         data = ready(root, unreadable="skip", crop="center")

@@ -1,0 +1,267 @@
+"""The optimiser claims to be the Wide ResNet code's, and the schedules to be what their formulas say."""
+
+import copy
+import math
+
+import pytest
+import timm
+import timm.optim
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+
+from baton.backbones import create_backbone
+from baton.optim import LRScheduler, Optimizer
+from baton.supervised import Classification
+from tiny import WRN, Arrays, fit, random_set, same, state
+
+WRN_CODE = LRScheduler(name="step", milestones=[60, 120, 160], factor=0.2, reset_momentum=True)
+SGD = Optimizer("momentum", lr=0.1, weight_decay=5e-4, decay_all=True)
+
+
+class Watch(Callback):
+    """What the optimiser looks like right before every step: (lr of every group, momentum buffers there are)."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        optimizer = trainer.optimizers[0]
+        buffers = sum("momentum_buffer" in entry for entry in optimizer.state.values())
+        self.seen.append(([group["lr"] for group in optimizer.param_groups], buffers))
+
+
+def lrs(watch):
+    return [groups[0] for groups, _ in watch.seen]
+
+
+def classification(optimizer=SGD, scheduler=None, **kwargs):
+    torch.manual_seed(3)
+    return Classification(num_classes=3, optimizer=optimizer, lr_scheduler=scheduler or LRScheduler(), **WRN | kwargs)
+
+
+# ---------------------------------------------------------------------------------------------------- the WRN code
+
+
+def test_wide_resnet_schedule_drops_inside_the_named_epoch():
+    wanted = {1: 0.1, 59: 0.1, 60: 0.02, 61: 0.02, 119: 0.02, 120: 0.004, 159: 0.004, 160: 0.0008, 200: 0.0008}
+    watch = Watch()
+    task = classification(scheduler=WRN_CODE, backbone_kwargs={"depth": 10, "width": 1, "block": "B(3)"})
+    task.backbone = nn.Sequential(nn.Flatten(), nn.Linear(3 * 2 * 2, 3))  # only the schedule matters here
+    task.build = lambda: None
+    task.logits = lambda images: task.backbone(images)
+    fit(task, Arrays(4, size=(2, 2), batch_size=2), 200, callbacks=[watch])
+    parameters = len(list(task.parameters()))
+    assert len(watch.seen) == 400
+    for epoch in range(1, 201):
+        (first, before), (second, after) = watch.seen[2 * epoch - 2 : 2 * epoch]
+        assert first == second
+        dropped = sum(epoch >= milestone for milestone in (60, 120, 160))
+        assert first[0] == pytest.approx(0.1 * 0.2**dropped, rel=1e-12)
+        if epoch in wanted:
+            assert first[0] == pytest.approx(wanted[epoch], rel=1e-12)
+        assert before == (0 if epoch in (1, 60, 120, 160) else parameters), epoch
+        assert after == parameters
+
+
+def test_training_is_a_hand_written_loop_bit_for_bit():
+    epochs, milestones, count, batch = 6, (2, 5), 21, 8
+    scheduler = LRScheduler(name="step", milestones=list(milestones), factor=0.2, reset_momentum=True)
+    task = classification(scheduler=scheduler)
+    task.configure_model()
+    model = copy.deepcopy(task.backbone)
+    rows = fit(task, Arrays(count, batch_size=batch, seed=7), epochs, log_every_n_steps=1)
+
+    data = random_set(count, (16, 16), 3, 0)
+    mean, std = (torch.tensor(model.pretrained_cfg[key]).view(-1, 1, 1) for key in ("mean", "std"))
+    lr, losses = 0.1, []
+    for epoch in range(1, epochs + 1):
+        model.train()
+        if epoch in milestones:
+            lr *= 0.2
+        if epoch == 1 or epoch in milestones:
+            optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9, weight_decay=5e-4)
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(7 + epoch - 1))
+        for start in range(0, count, batch):
+            chosen = order[start : start + batch]
+            loss = F.cross_entropy(model((data.images[chosen].float() / 255 - mean) / std), data.targets[chosen])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    assert same(state(task.backbone), state(model))
+    assert rows.column("train/loss") == losses
+
+
+def test_sgd_has_plain_momentum_and_nesterov_by_name():
+    net = nn.Linear(2, 2)
+    plain, nesterov = (Optimizer(name, lr=0.1, momentum=0.8).build(net, net) for name in ("momentum", "sgd"))
+    assert type(plain) is type(nesterov) is torch.optim.SGD
+    assert [group["nesterov"] for group in plain.param_groups + nesterov.param_groups] == [False, False, True, True]
+    assert {group["momentum"] for group in plain.param_groups} == {0.8}
+    assert {group["dampening"] for group in plain.param_groups} == {0}
+
+
+def test_a_run_resumed_within_an_epoch_of_a_drop_keeps_its_momentum(tmp_path):
+    scheduler = LRScheduler(name="step", milestones=[2], factor=0.2, reset_momentum=True)
+
+    def run(saver=None, **kwargs):
+        torch.manual_seed(0)
+        task = classification(scheduler=scheduler)
+        fit(task, Arrays(24), 3, callbacks=saver, enable_checkpointing=saver is not None, **kwargs)
+        return state(task)
+
+    saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    whole = run([saver])
+    steps = sorted(tmp_path.glob("*.ckpt"))
+    assert len(steps) == 9
+    for path in [tmp_path / f"step={step}.ckpt" for step in (3, 4, 5)]:  # batches 1 to 3 of epoch 2 are 4 to 6
+        assert same(run(ckpt_path=path), whole), path
+
+
+# ------------------------------------------------------------------------------------------------------------ groups
+
+
+class Net(nn.Module):
+    """A task with a backbone of timm's that leaves parameters out by name, and a head of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.backbone = timm.create_model("test_vit", img_size=32, num_classes=0)
+        self.decoder = nn.Sequential(nn.Conv2d(4, 3, 3), nn.BatchNorm2d(3))
+
+
+def by_name(module, optimizer):
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    return {names[id(p)]: group for group in optimizer.param_groups for p in group["params"]}
+
+
+@pytest.mark.parametrize("layer_decay", [None, 0.7])
+def test_biases_norms_and_what_the_backbone_names_are_not_decayed(layer_decay):
+    net = Net()
+    assert net.backbone.no_weight_decay() >= {"pos_embed", "cls_token"}
+    groups = by_name(net, Optimizer("adamw", 1e-3, 0.05, layer_decay=layer_decay).build(net, net.backbone))
+    assert groups.keys() == dict(net.named_parameters()).keys()
+    for name, parameter in net.named_parameters():
+        left_out = parameter.ndim == 1 or name in ("backbone.pos_embed", "backbone.cls_token")
+        assert groups[name]["weight_decay"] == (0.0 if left_out else 0.05), name
+    assert {0.0, 0.05} == {group["weight_decay"] for group in groups.values()}
+
+
+def test_decay_all_decays_everything():
+    net = Net()
+    groups = by_name(net, Optimizer("momentum", 0.1, 5e-4, decay_all=True).build(net, net.backbone))
+    assert groups.keys() == dict(net.named_parameters()).keys()
+    assert {group["weight_decay"] for group in groups.values()} == {5e-4}
+
+
+def test_frozen_parameters_are_absent():
+    net = Net()
+    net.backbone.requires_grad_(False)
+    for layer_decay in (None, 0.7):
+        optimizer = Optimizer("adamw", 1e-3, layer_decay=layer_decay).build(net, net.backbone)
+        assert set(by_name(net, optimizer)) == {f"decoder.{name}" for name, _ in net.decoder.named_parameters()}
+
+
+def test_layer_decay_scales_the_learning_rate_as_timm_groups_it():
+    net, decay = Net(), 0.7
+    optimizer = Optimizer("sgd", lr=0.5, weight_decay=0.05, momentum=0.0, layer_decay=decay).build(net, net.backbone)
+    groups = by_name(net, optimizer)
+    theirs = timm.optim.param_groups_layer_decay(
+        net.backbone, weight_decay=0.05, no_weight_decay_list=tuple(net.backbone.no_weight_decay()), layer_decay=decay
+    )
+    names = {id(parameter): name for name, parameter in net.named_parameters()}
+    for group in theirs:
+        for parameter in group["params"]:
+            own = groups[names[id(parameter)]]
+            assert own["lr"] == pytest.approx(0.5 * group["lr_scale"], rel=1e-12)
+            assert own["weight_decay"] == group["weight_decay"]
+    # In words: the stem is furthest away, each block is one layer, the final norm and the decoder are the top.
+    depth = len(net.backbone.blocks)
+    assert groups["backbone.patch_embed.proj.weight"]["lr"] == pytest.approx(0.5 * decay ** (depth + 1))
+    assert groups["backbone.blocks.0.attn.qkv.weight"]["lr"] == pytest.approx(0.5 * decay**depth)
+    assert groups["backbone.norm.weight"]["lr"] == pytest.approx(0.5)
+    assert groups["decoder.0.weight"]["lr"] == 0.5
+
+    before = state(net)
+    for parameter in net.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    scheduler = LRScheduler(name="exponential", factor=0.5).build(optimizer, lambda: (1.0, 9.0))["scheduler"]
+    scheduler.step()  # what a schedule does keeps the ratios
+    optimizer.step()
+    for name, parameter in net.named_parameters():
+        rate, wd = 0.25 * groups[name]["initial_lr"] / 0.5, groups[name]["weight_decay"]
+        assert torch.allclose(before[name] - parameter, rate * (1 + wd * before[name]), atol=1e-6), name
+
+
+def test_layer_decay_needs_groups():
+    net = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="layer_decay needs a backbone with a group_matcher"):
+        Optimizer(layer_decay=0.7).build(net, net)
+
+
+# ------------------------------------------------------------------------------------------------------------ errors
+
+
+def test_unknown_optimiser_and_option_are_one_sentence():
+    net = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"optimizer.name='adamv' is not .*nearest: .*adam") as caught:
+        Optimizer("adamv").build(net, net)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match="'adamw' does not take these options: .*beta1"):
+        Optimizer("adamw", options={"beta1": 0.9}).build(net, net)
+    assert Optimizer("adamw", options={"betas": [0.8, 0.9]}).build(net, net).defaults["betas"] == [0.8, 0.9]
+
+
+# --------------------------------------------------------------------------------------------------------- schedules
+
+
+def test_values_of_the_schedules():
+    cosine = LRScheduler(name="cosine", final=0.1, warmup_epochs=2.5)
+    for epoch in [0.0, 1.0, 2.4]:
+        assert cosine.multiplier(epoch, 12) == pytest.approx(epoch / 2.5)
+    assert cosine.multiplier(2.5, 12) == 1.0
+    for epoch in [3.0, 7.25, 11.99, 12.0]:
+        naive = 0.1 + 0.9 * (1 + math.cos(math.pi * (epoch - 2.5) / 9.5)) / 2
+        assert cosine.multiplier(epoch, 12) == pytest.approx(naive, abs=1e-12)
+    assert cosine.multiplier(13, 12) == pytest.approx(0.1)
+    rmsprop = LRScheduler(name="exponential", factor=0.94, every=2)
+    assert [rmsprop.multiplier(epoch, 9) for epoch in range(6)] == pytest.approx(
+        [1, 1, 0.94, 0.94, 0.94**2, 0.94**2], rel=1e-12
+    )
+    assert [LRScheduler().multiplier(epoch, 5) for epoch in range(5)] == [1.0] * 5
+    optimizer = torch.optim.SGD(create_backbone("wrn_16_1").parameters(), 0.1)
+    assert LRScheduler().build(optimizer, lambda: (1.0, 1.0)) is None
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_warm_up_and_cosine_count_optimiser_steps(accumulate):
+    epochs, batches = 3, 5
+    steps = math.ceil(batches / accumulate)
+    watch, schedule = Watch(), LRScheduler(name="cosine", warmup_epochs=1)
+    fit(
+        classification(scheduler=schedule), Arrays(batches * 4, batch_size=4), epochs,
+        callbacks=[watch], accumulate_grad_batches=accumulate,
+    )  # fmt: skip
+    for number, lr in enumerate(lrs(watch)):
+        step = number // batches * steps + number % batches // accumulate
+        epoch = step / steps
+        naive = epoch if epoch < 1 else (1 + math.cos(math.pi * (epoch - 1) / (epochs - 1))) / 2
+        assert lr == pytest.approx(0.1 * naive, abs=1e-12), number
+
+
+def test_cosine_ends_where_max_steps_ends():
+    watch = Watch()
+    task = classification(scheduler=LRScheduler(name="cosine"))
+    rows = fit(task, Arrays(20, batch_size=4), -1, max_steps=7, callbacks=[watch], log_every_n_steps=1)
+    assert lrs(watch) == pytest.approx([0.05 * (1 + math.cos(math.pi * step / 7)) for step in range(7)], abs=1e-12)
+    assert rows.column("lr") == lrs(watch)
+
+
+def test_steps_count_epochs_also_with_accumulation():
+    watch = Watch()
+    schedule = LRScheduler(name="step", milestones=[2, 3], factor=0.5)
+    fit(classification(scheduler=schedule), Arrays(12, batch_size=4), 3, callbacks=[watch], accumulate_grad_batches=2)
+    assert lrs(watch) == pytest.approx([0.1] * 3 + [0.05] * 3 + [0.025] * 3)
