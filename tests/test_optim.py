@@ -113,11 +113,10 @@ def test_a_run_resumed_within_an_epoch_of_a_drop_keeps_its_momentum(tmp_path):
         fit(task, Arrays(24), 3, callbacks=saver, enable_checkpointing=saver is not None, **kwargs)
         return state(task)
 
-    saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
-    whole = run([saver])
-    steps = sorted(tmp_path.glob("*.ckpt"))
-    assert len(steps) == 9
-    for path in [tmp_path / f"step={step}.ckpt" for step in (3, 4, 5)]:  # batches 1 to 3 of epoch 2 are 4 to 6
+    within = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    after = ModelCheckpoint(tmp_path / "epochs", filename="{step}", save_on_train_epoch_end=True, save_top_k=-1)
+    whole = run([within, after])
+    for path in [tmp_path / name for name in ("epochs/step=3.ckpt", "step=4.ckpt", "step=5.ckpt")]:
         assert same(run(ckpt_path=path), whole), path
 
 
@@ -167,7 +166,7 @@ def test_frozen_parameters_are_absent():
 
 def test_layer_decay_scales_the_learning_rate_as_timm_groups_it():
     net, decay = Net(), 0.7
-    optimizer = Optimizer("sgd", lr=0.5, weight_decay=0.05, momentum=0.0, layer_decay=decay).build(net, net.backbone)
+    optimizer = Optimizer("momentum", lr=0.5, weight_decay=0.05, momentum=0.0, layer_decay=decay).build(net, net.backbone)
     groups = by_name(net, optimizer)
     theirs = timm.optim.param_groups_layer_decay(
         net.backbone, weight_decay=0.05, no_weight_decay_list=tuple(net.backbone.no_weight_decay()), layer_decay=decay
@@ -212,7 +211,9 @@ def test_unknown_optimiser_and_option_are_one_sentence():
     assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match="'adamw' does not take these options: .*beta1"):
         Optimizer("adamw", options={"beta1": 0.9}).build(net, net)
-    assert Optimizer("adamw", options={"betas": [0.8, 0.9]}).build(net, net).defaults["betas"] == [0.8, 0.9]
+    with pytest.raises(ValueError, match="'sgd' does not take these options: Nesterov momentum requires a momentum"):
+        Optimizer("sgd", momentum=0.0).build(net, net)
+    assert tuple(Optimizer("adamw", options={"betas": [0.8, 0.9]}).build(net, net).defaults["betas"]) == (0.8, 0.9)
 
 
 # --------------------------------------------------------------------------------------------------------- schedules

@@ -2,9 +2,7 @@
 
 import os
 import sys
-import traceback
 from collections.abc import Sequence
-from pathlib import Path
 
 HELP = """usage: baton COMMAND [options]
 
@@ -37,9 +35,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 1
     except Exception as error:
-        if os.environ.get("BATON_TRACEBACK") or not _is_users_mistake(error):
+        from baton.mistakes import sentence
+
+        explanation = None if os.environ.get("BATON_TRACEBACK") else sentence(error)
+        if explanation is None:
             raise
-        print(f"baton: error: {error}", file=sys.stderr)
+        print(f"baton: error: {explanation}", file=sys.stderr)
         return 2
 
 
@@ -60,17 +61,8 @@ def _dispatch(command: str, args: list[str]) -> int:
         from baton.stage import run_stage
 
         return run_stage(command, args)
-    import difflib
+    from baton.option_names import nearest
 
-    near = difflib.get_close_matches(command, COMMANDS, 1) or ["--help"]
-    raise ValueError(f"{command!r} is not a command of baton; did you mean `baton {near[0]}`?")
-
-
-def _is_users_mistake(error: Exception) -> bool:
-    """A ValueError or OSError that Baton itself raised carries a sentence for the user; anything else is a defect."""
-    if type(error).__name__ == "MisconfigurationException":
-        return True
-    if not isinstance(error, ValueError | OSError):
-        return False
-    last = traceback.extract_tb(error.__traceback__)[-1].filename
-    return Path(last).is_relative_to(Path(__file__).parent)
+    near = nearest(command, COMMANDS, 1)
+    hint = f"did you mean `baton {near[0]}`?" if near else f"the commands are {', '.join(COMMANDS)}."
+    raise ValueError(f"{command!r} is not a command of baton; {hint}")

@@ -572,7 +572,7 @@ def checkpoint_entry(backbone: nn.Module, parent: Source | None, classes: list[s
         "num_classes": int(getattr(backbone, "num_classes", 0)),
         "pretrained_cfg": _plain_values({key: config[key] for key in _TRAVELS if key in config}),
         "classes": classes,
-        "parent": parent.lineage() if parent else None,
+        "parent": parent if not hasattr(parent, "lineage") else parent.lineage(),
     }
 
 
@@ -592,7 +592,7 @@ def _record(
         "config": _plain_values(config),
         "metrics": {name: value if math.isfinite(value) else None for name, value in values.items()},  # JSON has no NaN
         "sha256": sha256,
-        "parent": parent.lineage() if parent else None,
+        "parent": parent if not hasattr(parent, "lineage") else parent.lineage(),
     }
 
 

@@ -36,7 +36,7 @@ class Optimizer:
     options: dict[str, Any] = field(default_factory=dict)
 
     def build(self, module: nn.Module, backbone: nn.Module) -> torch.optim.Optimizer:
-        """Build the optimiser over all parameters of `module`, of which `backbone` is a part.
+        """Build the optimiser over all parameters of `module` that learn; `backbone` is a part of it.
 
         Raises:
             ValueError: if timm knows no optimiser of this name, or refuses an option.
@@ -54,7 +54,7 @@ class Optimizer:
             return timm.optim.create_optimizer_v2(
                 self._groups(module, backbone), self.name, lr=self.lr, weight_decay=self.weight_decay, **options
             )
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             raise ValueError(f"The optimiser {self.name!r} does not take these options: {error}.") from error
 
     def _groups(self, module: nn.Module, backbone: nn.Module) -> list[dict[str, Any]]:
@@ -71,6 +71,8 @@ class Optimizer:
                 weight_decay_exclude_1d=not self.decay_all,
                 layer_decay=self.layer_decay,
             )
+            for group in own:  # timm leaves this to its own schedulers
+                group["lr"] = self.lr * group.pop("lr_scale")
             inside = {id(parameter) for parameter in backbone.parameters()}
             rest = {name: p for name, p in module.named_parameters() if id(p) not in inside}
         return own + _split_by_decay(rest.items(), skip, self.weight_decay, self.decay_all)
@@ -81,6 +83,8 @@ def _split_by_decay(
 ) -> list[dict[str, Any]]:
     decayed, plain = [], []
     for name, parameter in named:
+        if not parameter.requires_grad:
+            continue
         left_out = parameter.ndim <= 1 or name.removeprefix("backbone.") in skip
         (plain if left_out and not decay_all else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]

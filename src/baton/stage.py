@@ -23,7 +23,7 @@ from baton import handover
 from baton.callbacks import OnlineKNN, OnlineLinearProbe, Pictures, ProgressBar  # noqa: F401 (short names)
 from baton.callbacks.predictions import PredictionWriter
 from baton.data.images import ImageData
-from baton.mistakes import explain
+from baton.mistakes import check_recipes, explain
 from baton.run import AtomicCheckpointIO, MetricsCSV, Run
 from baton.task import Task
 
@@ -32,6 +32,7 @@ def run_stage(command: str, args: Sequence[str]) -> int:
     """Run `baton fit|validate|test|predict` and return the exit code."""
     _quiet()
     args = [command, *_with_recorded_config(command, list(args))]
+    check_recipes(args)
     sys.argv = [sys.argv[0], *args]  # what Lightning starts further processes with
     BatonCLI(
         Task,
@@ -49,10 +50,15 @@ def run_stage(command: str, args: Sequence[str]) -> int:
 
 
 class Parser(LightningArgumentParser):
-    """A parser whose errors are one sentence with the nearest names."""
+    """A parser whose errors are one sentence with the nearest names; half an option's name is not the option."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         """Raise what the command prints."""
+        if not self.exit_on_error:  # of one class's arguments: the parser around it reports the whole
+            super().error(message, ex)
         raise ValueError(explain(message, self))
 
 
@@ -67,6 +73,18 @@ class RecordConfig(SaveConfigCallback):
         Path(self.config.run.root, self.config.run.name, "config.yaml").write_text(text)
         for logger in trainer.loggers:
             logger.log_hyperparams(yaml.safe_load(text))
+
+
+class WithinEpoch(ModelCheckpoint):
+    """Saves between the batches of an epoch, not after its last one.
+
+    From there Lightning would resume with the next epoch and skip the validation of this one.
+    """
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        """Save where it is due."""
+        if not trainer.is_last_batch:
+            super().on_train_batch_end(trainer, *args)
 
 
 class BatonCLI(LightningCLI):
@@ -176,7 +194,7 @@ class BatonCLI(LightningCLI):
         best = {"monitor": self.run.monitor, "mode": self.run.mode, "save_on_train_epoch_end": False}
         saves: list[Callback] = [ModelCheckpoint(filename="best", save_weights_only=False, **best, **where)]
         if self.run.checkpoint_every:
-            saves.append(ModelCheckpoint(filename="last", every_n_train_steps=self.run.checkpoint_every, **where))
+            saves.append(WithinEpoch(filename="last", every_n_train_steps=self.run.checkpoint_every, **where))
         # After every epoch, and last of all, so that it knows what the others did.
         saves.append(ModelCheckpoint(filename="last", save_on_train_epoch_end=True, every_n_epochs=1, **where))
         return saves
