@@ -166,7 +166,9 @@ def test_frozen_parameters_are_absent():
 
 def test_layer_decay_scales_the_learning_rate_as_timm_groups_it():
     net, decay = Net(), 0.7
-    optimizer = Optimizer("momentum", lr=0.5, weight_decay=0.05, momentum=0.0, layer_decay=decay).build(net, net.backbone)
+    optimizer = Optimizer("momentum", lr=0.5, weight_decay=0.05, momentum=0.0, layer_decay=decay).build(
+        net, net.backbone
+    )
     groups = by_name(net, optimizer)
     theirs = timm.optim.param_groups_layer_decay(
         net.backbone, weight_decay=0.05, no_weight_decay_list=tuple(net.backbone.no_weight_decay()), layer_decay=decay
@@ -177,10 +179,11 @@ def test_layer_decay_scales_the_learning_rate_as_timm_groups_it():
             own = groups[names[id(parameter)]]
             assert own["lr"] == pytest.approx(0.5 * group["lr_scale"], rel=1e-12)
             assert own["weight_decay"] == group["weight_decay"]
-    # In words: the stem is furthest away, each block is one layer, the final norm and the decoder are the top.
+    # In words: the stem is furthest away, each block is one layer (the last one with the final norm) and a decoder
+    # learns at full speed.
     depth = len(net.backbone.blocks)
-    assert groups["backbone.patch_embed.proj.weight"]["lr"] == pytest.approx(0.5 * decay ** (depth + 1))
-    assert groups["backbone.blocks.0.attn.qkv.weight"]["lr"] == pytest.approx(0.5 * decay**depth)
+    assert groups["backbone.patch_embed.proj.weight"]["lr"] == pytest.approx(0.5 * decay**depth)
+    assert groups["backbone.blocks.0.attn.qkv.weight"]["lr"] == pytest.approx(0.5 * decay ** (depth - 1))
     assert groups["backbone.norm.weight"]["lr"] == pytest.approx(0.5)
     assert groups["decoder.0.weight"]["lr"] == 0.5
 

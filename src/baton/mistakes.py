@@ -55,9 +55,12 @@ def check_recipes(args: Sequence[str]) -> None:
     for name, content in CommandLine(args, None).recipe_files():
         if isinstance(content, OSError):
             near = nearest(Path(name).name, [path.name for path in _siblings(Path(name))])
-            raise FileNotFoundError(f"The recipe {name} cannot be read: {_reason(content)}{_did_you_mean(near)}.")
+            raise FileNotFoundError(f"The recipe {name} cannot be read: {_reason(content)}{_nearest_are(near)}.")
         if isinstance(content, Exception):
-            raise ValueError(f"The recipe {name} is not valid YAML: {_one_line(str(content))}.")
+            where = getattr(content, "problem_mark", None)
+            line = f" in line {where.line + 1}, column {where.column + 1}" if where else ""
+            what = getattr(content, "problem", None) or getattr(content, "reason", None) or "it cannot be read"
+            raise ValueError(f"The recipe {name} is not valid YAML{line}: {what}.")
         if not isinstance(content, dict):
             held = "nothing" if content is None else f"a {type(content).__name__}"
             raise ValueError(f"The recipe {name} must hold settings such as `model:` and `data:`, but holds {held}.")
@@ -74,12 +77,15 @@ def _innermost(message: str, key: str = "", value: str = "") -> tuple[str, str, 
         return _innermost(found[2], f"{key}.{found[1]}".lstrip("."), value)
     if found := re.match(r"\s*- Expected a path but .*? not accessible or invalid\s*- (.*)", text, re.DOTALL):
         return _innermost(found[1], key, value)
+    found = re.match(r"Problem with given class_path '.*?':\s*(.*)", text, re.DOTALL)
+    if found and not re.match(r"No module|module |'?\w+'? is not a package|cannot import", found[1]):
+        return _innermost(found[1], key, value)
     found = re.match(rf"{_UNION}.*?Errors:\n(.*)\n\s*Given value type:.*?\n\s*Given value: (.*)", text, re.DOTALL)
     if found is None:
         return key, text, value
     value = found[2].strip()
     errors = _items(found[1])
-    if all(re.match("Expected an? ", error) for error in errors):
+    if all(re.match("Expected an? (?!dot import)", error) for error in errors):
         return key, " or ".join(errors), value
     return _innermost(max(errors, key=_specificity), key, value)
 
@@ -93,7 +99,7 @@ def _items(text: str) -> list[str]:
 
 def _specificity(error: str) -> int:
     """Of the alternatives of a type, the one that came furthest is what the user meant."""
-    if "accept" in error or "unrecognized arguments" in error or error.startswith("Parser key"):
+    if re.search("is not accepted|does not accept|unrecognized arguments", error) or error.startswith("Parser key"):
         return 4
     if error.startswith(("Expected a dot import path", "Import path", "Problem with")):
         return 3
@@ -161,18 +167,19 @@ def _unknown_option(line: CommandLine, key: str, text: str, value: str) -> str |
         near = nearest(first, line.groups()) or near
         unknown = line.place(first)
     whose = owner.__name__ if owner is not None else f"`baton {line.command}`"
-    return f"{unknown} is not an option of {whose}{_did_you_mean(near, line.dashes(full))}."
+    return f"{unknown} is not an option of {whose}{_nearest_are(near, line.dashes(full))}."
 
 
 def _unknown_class(line: CommandLine, key: str, text: str, value: str) -> str | None:
     if found := re.match(r"Expected a dot import path string: (.*)", text):
+        key = key.removesuffix(".help")
         name, known = found[1], line.classes(key)
         kind, word = _KINDS.get(key, (key.rpartition(".")[2].removesuffix("s"), None))
         near = nearest(name, known)
         if not near and word:
             return f"{line.place(key)}: there is no {kind} {name!r}; there are {', '.join(known)}."
         see = f" (`baton list {word}`)" if word else ""
-        return f"{line.place(key)}: there is no {kind} {name!r}{see}{_did_you_mean(near)}."
+        return f"{line.place(key)}: there is no {kind} {name!r}{see}{_nearest_are(near)}."
     if found := re.match(r"Import path does not correspond to a subclass of (\w+)", text):
         return f"{line.place(key)} expects a subclass of {found[1]}, but got {value!r}."
     if found := re.match(r"Problem with given class_path '(.+?)':\s*(.*)", text, re.DOTALL):
@@ -191,14 +198,14 @@ def _wrong_type(line: CommandLine, key: str, text: str, value: str) -> str | Non
     if choices:
         near = difflib.get_close_matches(got, choices, 1)
         shown = ", ".join(dict.fromkeys(choices))
-        return f"{line.place(key)} must be one of {shown}, but got {got!r}{_did_you_mean(near)}."
+        return f"{line.place(key)} must be one of {shown}, but got {got!r}{_nearest_are(near)}."
     names = dict.fromkeys(re.findall(r"<class '(?:\w+\.)*(\w+)'>", text))
     expected = " or ".join(_TYPES.get(name, f"a {name}") for name in names)
     return f"{line.place(key)} must be {expected}, but got {got!r}." if expected else None
 
 
-def _did_you_mean(near: Sequence[str], dashes: str = "") -> str:
-    return f"; did you mean {' or '.join(dashes + name for name in near)}?".rstrip("?") if near else ""
+def _nearest_are(near: Sequence[str], dashes: str = "") -> str:
+    return f"; the nearest {'is' if len(near) == 1 else 'are'} {' and '.join(dashes + name for name in near)}" if near else ""
 
 
 # --------------------------------------------------------------------------------------------- errors of the run itself
@@ -212,7 +219,7 @@ def sentence(error: BaseException) -> str | None:
     """
     while str(error).startswith(_UNION) and error.__cause__ is not None:
         error = error.__cause__  # jsonargparse wraps what a constructor raises
-    text = _one_line(str(error))
+    text = _one_line(str(error)) or type(error).__name__
     frames = list(traceback.walk_tb(error.__traceback__))
     files = [Path(frame.f_code.co_filename).as_posix() for frame, _ in frames]
     inside = Path(__file__).parent.as_posix()
@@ -223,7 +230,7 @@ def sentence(error: BaseException) -> str | None:
     if type(error).__name__ == "OutOfMemoryError":
         return f"The device has too little memory ({text}): lower data.batch_size."
     called = {(file.removeprefix(f"{inside}/"), frame.f_code.co_name): frame for file, (frame, _) in zip(files, frames)}
-    return _from_a_setting(error, text, called)
+    return _from_a_setting(error, text.rstrip(".!"), called)
 
 
 def _from_a_setting(error: BaseException, text: str, called: dict[tuple[str, str], Any]) -> str | None:
@@ -232,7 +239,7 @@ def _from_a_setting(error: BaseException, text: str, called: dict[tuple[str, str
         found = re.search(r"monitor='(.*?)'.*?metrics: \[(.*?)\]", text)
         assert found is not None
         known = [name for name in re.findall(r"'(.*?)'", found[2]) if "/" in name]
-        near = _did_you_mean(difflib.get_close_matches(found[1], known, 2))
+        near = _nearest_are(difflib.get_close_matches(found[1], known, 2))
         return f"run.monitor={found[1]} is not a metric of this run, which has {', '.join(known)}{near}."
     frame = called.get(("backbones/__init__.py", "create_backbone"))
     if frame is not None:
@@ -247,7 +254,7 @@ def _from_a_setting(error: BaseException, text: str, called: dict[tuple[str, str
         return f"{text}: a batch of one image is too small to normalise; set data.drop_last=true."
     trainer = any(file.endswith("trainer/trainer.py") and function == "__init__" for file, function in called)
     if trainer and isinstance(error, ValueError | TypeError) or type(error).__name__ == "MisconfigurationException":
-        return f"The trainer's settings do not work here: {text.rstrip('.!')}."
+        return f"The trainer's settings do not work here: {text}."
     return None
 
 

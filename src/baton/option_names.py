@@ -163,7 +163,7 @@ def nearest(name: str, known: Iterable[str], count: int = 2) -> list[str]:
 
 def nearest_keys(key: str, known: Iterable[str], count: int = 2) -> list[str]:
     """Known dotted keys near a misspelt one: near as a whole, or with a last word near its last word."""
-    scores = {candidate: _similarity(key, candidate) for candidate in known}
+    scores = {candidate: _similarity(key, candidate) for candidate in known if not key.startswith(f"{candidate}.")}
     best = max(scores.values(), default=0.0)
     good = [candidate for candidate, score in scores.items() if score >= max(0.65, best - 0.1)]
     return sorted(good, key=lambda candidate: -scores[candidate])[:count]
@@ -175,6 +175,8 @@ def _similarity(key: str, candidate: str) -> float:
     words = difflib.SequenceMatcher(None, last, other_last).ratio()
     same_root = key.partition(".")[0] == candidate.partition(".")[0]
     together = words if group == other_group else words * (0.97 if same_root or not group else 0.8)
+    if len(last) > 2 and other_last.startswith(last) and group in ("", other_group):
+        together = max(together, 0.95)  # half a name
     return max(together, difflib.SequenceMatcher(None, key, candidate).ratio() * 0.9)
 
 

@@ -34,7 +34,39 @@ def run_stage(command: str, args: Sequence[str]) -> int:
     args = [command, *_with_recorded_config(command, list(args))]
     check_recipes(args)
     sys.argv = [sys.argv[0], *args]  # what Lightning starts further processes with
-    BatonCLI(
+    _command_line(BatonCLI)
+    return 0
+
+
+def check(argv: Sequence[str]) -> dict[str, Any]:
+    """Parse a stage's command and build its backbone without memory, so that a mistake shows before hour three.
+
+    Args:
+        argv: the command, such as `["fit", "--config", "recipe.yaml"]`.
+
+    Returns:
+        The whole configuration.
+
+    Raises:
+        ValueError: one sentence about the first mistake.
+    """
+    _quiet()
+    before = sys.argv
+    sys.argv = [before[0], *argv]
+    try:
+        parsed = _command_line(_ParseOnly)
+    finally:
+        sys.argv = before
+    config = yaml.safe_load(parsed._parser(parsed.subcommand).dump(parsed.config[parsed.subcommand], format="yaml"))
+    model = config["model"]["init_args"]
+    if model.get("backbone") and not model.get("init_from"):
+        with torch.device("meta"):
+            baton.backbones.create_backbone(model["backbone"], **{"num_classes": 0, **(model.get("backbone_kwargs") or {})})
+    return config
+
+
+def _command_line(kind: "type[BatonCLI]") -> "BatonCLI":
+    return kind(
         Task,
         ImageData,
         subclass_mode_model=True,
@@ -46,7 +78,6 @@ def run_stage(command: str, args: Sequence[str]) -> int:
         parser_class=Parser,
         parser_kwargs={"prog": "baton", "allow_abbrev": False},
     )
-    return 0
 
 
 class Parser(LightningArgumentParser):
@@ -238,6 +269,21 @@ class BatonCLI(LightningCLI):
         )
         shown = ", ".join(f"{name} {value:.4f}" for name, value in sorted(metrics.items()))
         print(f"{self.run.model}: handed over ({shown})")
+
+
+class _ParseOnly(BatonCLI):
+    """Reads the command line and does nothing."""
+
+    def _parse_ckpt_path(self) -> None: ...
+    def _set_seed(self) -> None: ...
+    def _add_instantiators(self) -> None: ...
+    def before_instantiate_classes(self) -> None:
+        """Open nothing."""
+
+    def instantiate_classes(self) -> None:
+        """Build nothing."""
+
+    def _run_subcommand(self, subcommand: str) -> None: ...
 
 
 class _interruptible:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
@@ -64,7 +65,9 @@ class Task(LightningModule):
         self._frozen: list[nn.Module] = []
         self._built = False
         self._batches = 0
-        self._window: list[dict[str, Tensor]] = []  # losses since the last log, on the device: no synchronisation
+        self._checked_gradients = False
+        # Losses since the last log with their step, on the device: no synchronisation.
+        self._window: list[tuple[int, dict[str, Tensor]]] = []
         self.latest: dict[str, float] = {}  # last value of every recorded metric
         self._sums: list[tuple[dict[str, Tensor], int]] = []
         self._random_state: dict[str, Any] | None = None
@@ -176,12 +179,23 @@ class Task(LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Compute the losses and remember them on the device; read them every `log_every_n_steps` batches."""
         losses = self.losses(batch)
-        self._window.append({name: value.detach() for name, value in losses.items()})
+        self._window.append((self.global_step + 1, {name: value.detach() for name, value in losses.items()}))
         self._batches += 1
         every = self.trainer.log_every_n_steps
         if self.trainer.is_last_batch or (every and self._batches % every == 0):
             self._log_window()
         return losses["loss"]
+
+    def on_after_backward(self) -> None:
+        """Say in one sentence what DDP would say in twenty lines one step later."""
+        if not self._checked_gradients:
+            self._checked_gradients = True
+            self._check_all_learn()
+
+    def on_train_epoch_end(self) -> None:
+        """Log what `max_steps` left unlogged in the middle of an epoch."""
+        if self._window:
+            self._log_window()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Collect the scalars of a batch; they are weighted by its size."""
@@ -205,12 +219,12 @@ class Task(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what Lightning leaves out: random state, unlogged losses, what the hand-over needs. Refuse bad losses."""
-        self._check_finite()
+        window = self._read_window() if self._window else []
         # A checkpoint stands alone: it names the backbone itself, not where the weights once came from.
         checkpoint["hyper_parameters"] = {**checkpoint.get("hyper_parameters", {}), "init_from": None}
         checkpoint["baton"] = {
             "batches": self._batches,
-            "window": [{name: value.cpu() for name, value in losses.items()} for losses in self._window],
+            "window": window,
             "latest": dict(self.latest),
             "random_state": _gather(_random_state()),
             "num_classes": self.backbone.num_classes,
@@ -223,11 +237,13 @@ class Task(LightningModule):
         state = checkpoint.get("baton", {})
         self._batches = state.get("batches", 0)
         self._window = [
-            {name: value.to(self.device) for name, value in losses.items()} for losses in state.get("window", [])
+            (step, {name: torch.tensor(value, device=self.device) for name, value in losses.items()})
+            for step, losses in state.get("window", [])
         ]
         self.latest = dict(state.get("latest", {}))
         self._random_state = state.get("random_state")
         self.parent = state.get("parent", self.parent)
+        self.classes = state.get("classes", self.classes)
 
     def __setattr__(self, name: str, value: Any) -> None:
         # Lightning sets this one twenty times a step; nn.Module's own __setattr__ makes it a seventh of the overhead.
@@ -269,10 +285,11 @@ class Task(LightningModule):
         self._hparams_initial = type(self.hparams)(self.hparams)
 
     def _log_window(self) -> None:
-        means = {f"train/{name}": value for name, value in self._read_window().items()}
+        rows = self._read_window()
         self._window.clear()
+        means = {f"train/{name}": math.fsum(row[name] for _, row in rows) / len(rows) for name in rows[0][1]}
         learning_rate = self.trainer.optimizers[0].param_groups[0]["lr"]
-        self._write_row({**means, "lr": learning_rate}, step=self.global_step + 1)
+        self._write_row({**means, "lr": learning_rate}, step=rows[-1][0])
         self.log_dict(means, logger=False, prog_bar=True)
 
     def record(self, values: dict[str, float]) -> None:
@@ -288,32 +305,45 @@ class Task(LightningModule):
         for logger in self.loggers:
             logger.log_metrics({**values, "epoch": epoch}, step=step)
 
-    def _read_window(self) -> dict[str, float]:
-        """Read the losses since the last log: the one synchronisation with the device."""
-        names = list(self._window[0])
-        table = torch.stack([torch.stack([losses[name].float() for name in names]) for losses in self._window]).cpu()
-        bad = (~table[:, names.index("loss")].isfinite()).nonzero()
-        if len(bad):
-            step = self._batches - len(self._window) + int(bad[0]) + 1
-            raise ValueError(
-                f"The loss became {table[int(bad[0]), names.index('loss')].item()} at step {step} (epoch "
-                f"{self.current_epoch + 1}); the last checkpoint is from before: lower the learning rate or clip "
-                "the gradients, and start again."
-            )
-        return dict(zip(names, table.mean(0).tolist(), strict=True))
+    def _read_window(self) -> list[tuple[int, dict[str, float]]]:
+        """Read the losses since the last log, means over all processes: the one synchronisation with the device."""
+        names = list(self._window[0][1])
+        table = torch.stack([torch.stack([losses[name].float() for name in names]) for _, losses in self._window])
+        table = self.trainer.strategy.reduce(table, reduce_op="mean").cpu()
+        rows = [
+            (step, dict(zip(names, row, strict=True)))
+            for (step, _), row in zip(self._window, table.tolist(), strict=True)
+        ]
+        for step, row in rows:
+            if not math.isfinite(row["loss"]):
+                raise ValueError(
+                    f"The loss became {row['loss']} at step {step} (epoch {self.current_epoch + 1}); the last "
+                    "checkpoint is from before: lower the learning rate or clip the gradients, and start again."
+                )
+        return rows
 
-    def _check_finite(self) -> None:
-        if self._window:
-            self._read_window()
+    def _check_all_learn(self) -> None:
+        """DDP waits for the gradient of every parameter."""
+        strategy = self.trainer.strategy
+        if not isinstance(strategy, DDPStrategy) or strategy._ddp_kwargs.get("find_unused_parameters"):
+            return
+        idle = [name for name, value in self.named_parameters() if value.requires_grad and value.grad is None]
+        if idle:
+            raise ValueError(
+                f"{len(idle)} parameters get no gradient (the first is {idle[0]}), and DDP would wait for it: use "
+                "--trainer.strategy=ddp_find_unused_parameters_true."
+            )
 
     def _log_evaluation(self, stage: str) -> None:
         values: dict[str, Any] = {}
         if self._sums:
             names = list(self._sums[0][0])
             weights = torch.tensor([count for _, count in self._sums], dtype=torch.float64)
-            table = torch.stack([torch.stack([part[name].double() for name in names]) for part, _ in self._sums]).cpu()
-            totals = torch.cat([(table * weights[:, None]).sum(0), weights.sum()[None]]).to(self.device)
-            totals = self.trainer.strategy.reduce(totals, reduce_op="sum")
+            table = torch.stack([torch.stack([part[name].float() for name in names]) for part, _ in self._sums])
+            table = table.cpu().double()  # Apple's GPUs have no double
+            totals = torch.cat([(table * weights[:, None]).sum(0), weights.sum()[None]])
+            if self.trainer.world_size > 1:
+                totals = self.trainer.strategy.reduce(totals.to(self.device), reduce_op="sum")
             values = {name: totals[index] / totals[-1] for index, name in enumerate(names)}
             self._sums.clear()
         if self.metrics is not None:

@@ -20,7 +20,7 @@ class SideEvaluation(Callback):
 
     Args:
         every_n_epochs: how often.
-        bank: use at most this many labelled training images.
+        bank: use at most this many labelled training images, spread evenly over the data.
     """
 
     metric: str
@@ -32,13 +32,13 @@ class SideEvaluation(Callback):
         """Score the features."""
         if trainer.state.fn != "fit" or (trainer.current_epoch + 1) % self.every_n_epochs or trainer.sanity_checking:
             return
-        loaders = trainer.datamodule.labelled_loaders()  # type: ignore[attr-defined]
+        loaders = trainer.datamodule.labelled_loaders(self.bank)  # type: ignore[attr-defined]
         if loaders is None or not isinstance(pl_module, Task):
             return
         classes = trainer.datamodule.num_classes  # type: ignore[attr-defined]
         with fixed_randomness(0), torch.no_grad():
-            bank, labels = collect_features(trainer, pl_module, loaders[0], self.bank)
-            queries, targets = collect_features(trainer, pl_module, loaders[1], None)
+            bank, labels = collect_features(trainer, pl_module, loaders[0])
+            queries, targets = collect_features(trainer, pl_module, loaders[1])
         # Lightning validates in inference mode, whose tensors can never take part in a gradient.
         with fixed_randomness(0), torch.inference_mode(False), torch.enable_grad():
             predicted = self.classify(bank.clone(), labels.clone(), queries.clone(), classes)
@@ -51,28 +51,21 @@ class SideEvaluation(Callback):
         """Predict the class of every query from labelled features."""
 
 
-def collect_features(
-    trainer: Trainer, task: Task, loader: Any, limit: int | None
-) -> tuple[Float[Tensor, "n f"], Int[Tensor, " n"]]:
-    """Return pooled features and labels of a loader's labelled images, from all processes.
+def collect_features(trainer: Trainer, task: Task, loader: Any) -> tuple[Float[Tensor, "n f"], Int[Tensor, " n"]]:
+    """Return pooled features and labels of a loader's images, from all processes.
 
     Args:
         trainer: of the run.
         task: whose backbone is looked at, in evaluation mode.
         loader: yields (uint8 images, targets).
-        limit: stop after so many images.
     """
     training = task.training
     task.eval()
-    features, labels, seen = [], [], 0
+    features, labels = [], []
     for batch in loader:
         images, targets = trainer.datamodule.transfer_batch_to_device(batch, task.device, 0)  # type: ignore[attr-defined]
-        known = targets >= 0
-        features.append(task.features(trainer.datamodule.to_float(images))[known].float())  # type: ignore[attr-defined]
-        labels.append(targets[known])
-        seen += len(images) * trainer.world_size
-        if limit is not None and seen >= limit:
-            break
+        features.append(task.features(trainer.datamodule.to_float(images)).float())  # type: ignore[attr-defined]
+        labels.append(targets)
     task.train(training)
     both = torch.cat(features), torch.cat(labels)
     if trainer.world_size == 1:
@@ -89,7 +82,7 @@ class OnlineKNN(SideEvaluation):
         k: neighbours.
         temperature: of the votes, exp(similarity / temperature).
         every_n_epochs: how often.
-        bank: use at most this many labelled training images.
+        bank: use at most this many labelled training images, spread evenly over the data.
     """
 
     metric = "val/knn_accuracy"
@@ -116,7 +109,7 @@ class OnlineLinearProbe(SideEvaluation):
         weight_decay: L2 penalty on the weights.
         iterations: of L-BFGS.
         every_n_epochs: how often.
-        bank: use at most this many labelled training images.
+        bank: use at most this many labelled training images, spread evenly over the data.
     """
 
     metric = "val/linear_probe_accuracy"

@@ -168,11 +168,23 @@ class ImageData(LightningDataModule):
         """The test split where there is one, else validation, else training images, in order."""
         return self._evaluation(self.test_set or self.val_set or _as_evaluated(self.train_set))
 
-    def labelled_loaders(self) -> tuple[Any, Any] | None:
-        """Plain loaders over labelled training and validation samples, for evaluation on the side; None without."""
-        if self.train_set is None or not self.val_set or (self.train_set.targets < 0).all():
+    def labelled_loaders(self, limit: int | None = None) -> tuple[Any, Any] | None:
+        """Plain loaders over labelled training and validation samples, for evaluation on the side; None without.
+
+        Args:
+            limit: use at most this many training samples, spread evenly: files are often sorted by class.
+        """
+        if self.train_set is None or not self.val_set:
             return None
-        return self._evaluation(_as_evaluated(self.train_set)), self._evaluation(self.val_set)
+        loaders = []
+        for dataset, most in ((self.train_set, limit), (self.val_set, None)):
+            known = (dataset.targets >= 0).nonzero().flatten()
+            if not len(known):
+                return None
+            if most is not None and most < len(known):
+                known = known[torch.arange(most) * len(known) // most]
+            loaders.append(self._evaluation(_Part(_as_evaluated(dataset), known)))
+        return loaders[0], loaders[1]
 
     def to_float(self, images: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         """Turn uint8 images into floats in [0, 1] without augmentation."""

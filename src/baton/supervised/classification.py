@@ -5,6 +5,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
@@ -50,6 +51,9 @@ class Classification(Task):
             raise ValueError("Classification needs labelled data of at least two classes, or model.num_classes.")
         if data is not None and data.num_classes > classes:
             raise ValueError(f"model.num_classes={classes} is too few: the data have {data.num_classes} classes.")
+        self._check_labels(data)
+        if self.head_only_steps and self._trainer is not None:
+            self._check_strategy()
         self.num_classes = self.hparams["num_classes"] = classes
         self.classes = list(data.classes) if data is not None and data.num_classes == classes else None
         self.backbone.reset_classifier(classes)
@@ -61,18 +65,36 @@ class Classification(Task):
             top["accuracy_top5"] = MulticlassAccuracy(classes, average="micro", top_k=5, validate_args=False)
         self.metrics = MetricCollection(top)
 
+    def _check_labels(self, data: Any) -> None:
+        """Every sample that will be compared with its class must have one."""
+        stage = self.trainer.state.fn if data is not None else None
+        splits = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}.get(str(stage), ())
+        for split in splits:
+            targets = getattr(getattr(data, f"{split}_set"), "targets", None)
+            if targets is not None and (targets < 0).any():
+                raise ValueError(
+                    f"Classification needs a class for every sample, but {int((targets < 0).sum())} of {len(targets)} "
+                    f"in the {split} split have none: use labelled data."
+                )
+
+    def _check_strategy(self) -> None:
+        """DDP must know that the backbone's parameters are not used at first."""
+        strategy = self.trainer.strategy
+        if isinstance(strategy, DDPStrategy) and not strategy._ddp_kwargs.get("find_unused_parameters"):
+            raise ValueError(
+                "model.head_only_steps leaves the backbone without gradients at first, for which DDP would wait: use "
+                "--trainer.strategy=ddp_find_unused_parameters_true."
+            )
+
     def logits(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b classes"]:
         """Return class scores of images in [0, 1]."""
         images = self.normalize(images)
         head_only = self.training and self.global_step < self.head_only_steps
+        if self.head_only_steps:
+            self.backbone.train(self.training and not head_only)
         if not head_only and not self.head_drop_rate:
             return self.backbone(images)
-        if head_only:
-            self.backbone.eval()
-            with torch.no_grad():
-                features = self.backbone.forward_features(images)
-        else:
-            self.backbone.train(self.training and self.protocol == "finetune")
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not head_only):
             features = self.backbone.forward_features(images)
         pooled = self.backbone.forward_head(features, pre_logits=True)
         return self.backbone.get_classifier()(F.dropout(pooled, self.head_drop_rate, self.training))
