@@ -100,10 +100,10 @@ def test_windows_continue_after_a_resume(tmp_path):
 
 def test_evaluation_weights_batches_by_their_size():
     data = Arrays(8, val=21, test=11, batch_size=4)
-    runner = trainer()
-    runner.fit(Numbered(), datamodule=data)
+    runner, task = trainer(), Numbered()
+    runner.fit(task, datamodule=data)
     assert runner.logger.column("val/mean") == pytest.approx([data.val_set.targets.double().mean().item()])
-    assert runner.test(verbose=False)[0]["test/mean"] == pytest.approx(data.test_set.targets.double().mean().item())
+    assert runner.test(task, data, verbose=False)[0]["test/mean"] == pytest.approx(data.test_set.targets.double().mean().item())
 
 
 SYNCHRONISING = ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__float__", "__int__", "__index__")
@@ -236,6 +236,7 @@ def test_a_checkpoint_is_plain_and_stands_alone(kind, tmp_path):
     assert plain(dict(checkpoint["hyper_parameters"]))
     assert checkpoint["hyper_parameters"]["optimizer"]["options"] == {"betas": [0.8, 0.9]}
     assert checkpoint["baton"]["parent"]["sha256"] == sha
+    monkeypatch.setattr(Task.__init__, "__annotations__", {})  # descriptions come back as plain dictionaries
     loaded = cls.load_from_checkpoint(path, map_location="cpu", weights_only=True)
     assert same(state(loaded), state(task))
     assert loaded.optimizer == task.optimizer

@@ -1,5 +1,6 @@
 """The seam every data module obeys: `(image, target)` batches, uint8 on the host, RGB in [0, 1] on the device."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -81,7 +82,8 @@ class ImageData(LightningDataModule):
         padding_mode: `reflect` or `zeros`.
         flip: random horizontal flip, per sample.
         drop_last: drop the last training batch when it is not full.
-        seed: draws the splits and the order of the training samples; not the augmentation.
+        seed: draws the splits and the order of the training samples, not the augmentation; `None` is the run's own
+            seed (`seed_everything`), so that seeds of a chain differ in their labelled samples, too.
     """
 
     classes: list[str]
@@ -98,7 +100,7 @@ class ImageData(LightningDataModule):
         padding_mode: str = "reflect",
         flip: bool = False,
         drop_last: bool = False,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         super().__init__()
         if padding_mode not in ("reflect", "zeros"):
@@ -109,7 +111,7 @@ class ImageData(LightningDataModule):
         self.batch_size, self.num_workers, self.drop_last = batch_size, num_workers, drop_last
         self.val_size, self.labels_per_class, self.subset = val_size, labels_per_class, subset
         self.crop_padding, self.padding_mode, self.flip = crop_padding, padding_mode, flip
-        self.seed = seed
+        self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed
         self.train_set: Any = None
         self.val_set: Any = None
         self.test_set: Any = None
