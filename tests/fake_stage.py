@@ -4,7 +4,6 @@ Every stage appends a line to ``<root>/calls.txt``. Options: ``--steps N``, ``--
 ``--fail CODE`` (after the first step), ``--error VALUE`` for the metric (plus the seed).
 """
 
-import atexit
 import hashlib
 import json
 import os
@@ -35,7 +34,6 @@ def main(argv: list[str]) -> int:
     folder = Path(options["run.root"]) / options["run.name"]
     with (Path(options["run.root"]) / "calls.txt").open("a") as file:
         file.write(f"{options['run.name']} {os.getpid()}\n")
-    atexit.register((folder.resolve() / "closed").touch)
     last = folder / "checkpoints" / "last.ckpt"
     last.parent.mkdir(parents=True, exist_ok=True)
     state = json.loads(last.read_text()) if last.exists() else {"step": 0, "digest": _start(options)}

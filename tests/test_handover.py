@@ -19,18 +19,20 @@ import timm
 import torch
 from torch import nn
 
-from baton import handover
+from baton import handover, model_folder
 from baton.backbones import create_backbone
 from baton.handover import (
     build_backbone,
     check_restated,
     checkpoint_entry,
     load_backbone,
+    load_checkpoint,
     load_weights,
     read_source,
     tensors_sha256,
     write_model,
 )
+from baton.task import Task
 
 NETWORKS = {
     "test_resnet": {},
@@ -396,18 +398,64 @@ def test_a_backbone_that_alters_what_it_loads_is_found_out(model):
 
 
 def test_restating(tmp_path):
+    write(tmp_path / "model", network("wide_resnet", depth=10, width=1), {"depth": 10, "width": 1})
+    source = read_source(tmp_path / "model")
+    built = {"depth": 10, "width": 1}
+    assert check_restated(source, None, None) == built
+    assert check_restated(source, "wide_resnet", {"depth": 10, "num_classes": 10, "in_chans": None}) == built
+    assert check_restated(source, "wide_resnet", {}) == built
+    assert check_restated(source, None, {"drop_block_rate": 0.1}) == built | {"drop_block_rate": 0.1}
+    text = sentence(check_restated, source, "wrn_16_2", None)
+    assert "'wide_resnet'" in text
+    assert "'wrn_16_2'" in text
+    text = sentence(check_restated, source, "wide_resnet", {"width": 2, "drop_rate": 0.5})
+    assert "width=1" in text
+    assert "width=2" in text
+    assert "no in_chans" in sentence(check_restated, source, None, {"in_chans": 1})
+
+
+@pytest.mark.parametrize("restated", [0.5, 0, None])
+def test_a_restated_dropping_rate_wins_over_the_file(tmp_path, restated):
     write(tmp_path / "model", network(drop_rate=0.3), {"drop_rate": 0.3})
     source = read_source(tmp_path / "model")
-    check_restated(source, None, None)
-    check_restated(source, "wrn_16_1", {"drop_rate": 0.3, "num_classes": 10, "in_chans": None})
-    check_restated(source, "wrn_16_1", {})
-    text = sentence(check_restated, source, "wrn_16_2", None)
-    assert "'wrn_16_1'" in text
-    assert "'wrn_16_2'" in text
-    text = sentence(check_restated, source, "wrn_16_1", {"drop_rate": 0.5})
-    assert "drop_rate=0.3" in text
-    assert "drop_rate=0.5" in text
-    assert "no in_chans" in sentence(check_restated, source, None, {"in_chans": 1})
+    merged = check_restated(source, None, {"drop_rate": restated})
+    expected = 0.3 if restated is None else restated  # None is timm's "not given"
+    assert merged == {"drop_rate": expected}
+    for overrides in (merged, {"drop_rate": restated, "num_classes": 9}):
+        backbone = build_backbone(source, 5, overrides)
+        assert (backbone.drop_rate, backbone.num_classes) == (expected, 5)
+        load_weights(backbone, source, classifier=False)
+    assert build_backbone(source).drop_rate == 0.3
+    write(tmp_path / "next", network(drop_rate=expected), merged, parent=source.lineage())
+    assert load_backbone(str(tmp_path / "next")).drop_rate == expected
+
+
+@pytest.mark.parametrize("rate", ["drop_rate", "drop_path_rate", "proj_drop_rate", "attn_drop_rate"])
+def test_every_rate_may_change_between_stages(tmp_path, rate):
+    write(tmp_path / "model", network("test_vit"))
+    source = read_source(tmp_path / "model")
+    changed = build_backbone(source, overrides=check_restated(source, "test_vit", {rate: 0.7})).train()
+    load_weights(changed, source, classifier=True)
+    x = torch.rand(8, *changed.pretrained_cfg["input_size"])
+    assert torch.equal(changed.eval()(x), load_backbone(str(tmp_path / "model"))(x))
+    assert not torch.equal(changed.train()(x), changed.eval()(x))
+
+
+def test_a_task_builds_and_records_the_restated_rate(tmp_path):
+    write(tmp_path / "first" / "model", network(drop_rate=0.3), {"drop_rate": 0.3}, parent={"source": "zero"})
+    first = read_source(tmp_path / "first")
+    task = Task(init_from=str(tmp_path / "first"), backbone_kwargs={"drop_rate": 0.6})
+    assert task.backbone.drop_rate == 0.6
+    assert task.hparams["backbone_kwargs"] == {"drop_rate": 0.6}
+    saved = {"hyper_parameters": dict(task.hparams), "state_dict": task.state_dict()}
+    task.on_save_checkpoint(saved)
+    torch.save(saved, tmp_path / "last.ckpt")
+    source = read_source(tmp_path / "last.ckpt")
+    assert source.backbone_kwargs == {"drop_rate": 0.6}
+    assert source.record["parent"] == first.lineage()
+    assert source.record["format"] == model_folder.FORMAT
+    assert list(source.pretrained_cfg["mean"]) == list(task.backbone.pretrained_cfg["mean"])
+    assert "no in_chans" in sentence(Task, init_from=str(tmp_path / "first"), backbone_kwargs={"in_chans": 1})
 
 
 # ------------------------------------------------------------------------------------------------------- provenance
@@ -419,8 +467,9 @@ def test_chain_of_three_stages(tmp_path):
         folder = tmp_path / stage / "model"
         backbone = network()
         shas.append(write(folder, backbone, parent=parent, classes=["cat", "dog", "eel"]))
-        parent = read_source(tmp_path / stage)
-    assert parent.classes == ["cat", "dog", "eel"]
+        source = read_source(tmp_path / stage)
+        parent = source.lineage()
+    assert source.classes == ["cat", "dog", "eel"]
     assert len(set(shas)) == 3
     record = json.loads((folder / "config.json").read_text())["baton"]
     assert record["parent"] == {
@@ -430,8 +479,20 @@ def test_chain_of_three_stages(tmp_path):
     }
     path = tmp_path / "next.ckpt"
     checkpoint(path, backbone, baton=checkpoint_entry(backbone, parent))
-    assert read_source(path).lineage()["parent"]["sha256"] == shas[2]
-    assert read_source(path).lineage()["sha256"] == shas[2]
+    resumed = read_source(path)
+    assert resumed.lineage() == {"source": str(path), "sha256": shas[2], "parent": parent}
+    assert load_checkpoint(path)["baton"]["parent"] == parent  # all that a resumed run has
+    write(tmp_path / "resumed", backbone, parent=resumed.record["parent"])
+    assert read_source(tmp_path / "resumed").record["parent"] == parent
+
+
+def test_lineage_is_recorded_as_it_is_given(tmp_path):
+    """A run has a dictionary only: that of a source it read, or that of the checkpoint it resumes."""
+    given = {"source": "timm:resnet18.a1_in1k", "sha256": "0" * 64, "parent": None}
+    write(tmp_path / "model", network(), parent=given)
+    assert read_source(tmp_path / "model").lineage()["parent"] == given
+    assert checkpoint_entry(network(), given)["parent"] == given
+    assert checkpoint_entry(network(), None)["parent"] is None
 
 
 def test_writing_leaves_the_random_state_alone(tmp_path):
@@ -473,12 +534,35 @@ def test_another_model_is_refused_then_replaced(tmp_path):
     assert entries(tmp_path) == ["model", "model/config.json", "model/model.safetensors"]
 
 
-def test_a_folder_of_other_things_is_never_replaced(tmp_path):
+def test_what_lies_beside_a_model_stays(tmp_path):
+    """Notes, a card for the hub, a folder of figures: no model takes its place without them."""
+    write(tmp_path / "model", network())
+    (tmp_path / "model" / "README.md").write_text("mine")
+    (tmp_path / "model" / "onnx").mkdir()
+    (tmp_path / "model" / "onnx" / "config.json").write_text("{}")  # named like ours, and not ours
+    (tmp_path / "model" / "link").symlink_to("nowhere")
+    second = network()
+    assert "already holds another" in sentence(write, tmp_path / "model", second)
+    for replace in (True, False):
+        assert write(tmp_path / "model", second, replace=replace) == read_source(tmp_path / "model").sha256
+        names = ["README.md", "config.json", "link", "model.safetensors", "onnx", "onnx/config.json"]
+        assert entries(tmp_path / "model") == names
+        assert (tmp_path / "model" / "README.md").read_text() == "mine"
+        assert (tmp_path / "model" / "onnx" / "config.json").read_text() == "{}"
+        assert (tmp_path / "model" / "link").readlink() == Path("nowhere")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("name", ["cat.jpg", "config.json"])
+def test_a_folder_of_other_things_is_never_replaced(tmp_path, name):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").write_bytes(b"cat")
+    (tmp_path / "photos" / name).write_bytes(b"cat")
     (tmp_path / "empty").mkdir()
+    before = entries(tmp_path)
     assert "cat.jpg" in sentence(write, tmp_path / "photos", network(), replace=True)
-    assert entries(tmp_path) == ["empty", "photos", "photos/cat.jpg"]
+    assert entries(tmp_path) == before
+    assert (tmp_path / "photos" / name).read_bytes() == b"cat"
     write(tmp_path / "empty", network())
 
 
@@ -486,18 +570,18 @@ def fail_with_enospc(*args, **kwargs):
     raise OSError(28, "No space left on device")
 
 
-@pytest.mark.parametrize("victim", ["save_file", "save_config_for_hf", "_flush", "rename"])
+@pytest.mark.parametrize("victim", ["save_file", "save_config_for_hf", "_carry_over", "_flush", "rename"])
 def test_a_failure_half_way_leaves_the_old_model(tmp_path, monkeypatch, victim):
     old = write(tmp_path / "run" / "model", network())
     if victim == "save_file":
-        monkeypatch.setattr(handover.safetensors.torch, victim, fail_with_enospc)
+        monkeypatch.setattr(model_folder.safetensors.torch, victim, fail_with_enospc)
     elif victim == "rename":
         genuine = Path.rename
         monkeypatch.setattr(
             Path, "rename", lambda p, to: fail_with_enospc() if p.name.endswith(".partial") else genuine(p, to)
         )
     else:
-        monkeypatch.setattr(handover, victim, fail_with_enospc)
+        monkeypatch.setattr(model_folder, victim, fail_with_enospc)
     text = sentence(write, tmp_path / "run" / "model", network(), replace=True)
     assert "No space left" in text
     monkeypatch.undo()
@@ -758,6 +842,7 @@ def test_code_in_a_pickle_is_never_run(tmp_path):
         {"state_dict": {"backbone.a": torch.ones(1)}, "hyper_parameters": {"lr": 0.1}},
         {"state_dict": {"backbone.a": torch.ones(1)}, "hyper_parameters": {"backbone": "resnet18"}},
         {"conv.weight": torch.ones(3)},
+        {"state_dict": torch.ones(3), "hyper_parameters": [1], "baton": "x"},
         torch.ones(3),
         [1, 2],
     ],
@@ -767,6 +852,15 @@ def test_checkpoint_of_another_framework(tmp_path, content):
     text = sentence(read_source, tmp_path / "last.ckpt")
     assert "not one of Baton's" in text
     assert (sorted(content)[0] if isinstance(content, dict) else type(content).__name__) in text
+
+
+def test_load_checkpoint_gives_everything_and_names_the_file_as_asked(tmp_path):
+    path = checkpoint(tmp_path / "last.ckpt", network())
+    assert load_checkpoint(str(path)).keys() == torch.load(path).keys()
+    assert load_checkpoint(path)["epoch"] == 3
+    path.write_bytes(path.read_bytes()[:1000])
+    assert repr(str(path)) in sentence(load_checkpoint, path)
+    assert "'best'" in sentence(load_checkpoint, path, "best")
 
 
 def test_checkpoint_without_backbone_tensors(tmp_path):

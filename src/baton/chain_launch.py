@@ -9,7 +9,6 @@ A stage is a process group of its own. The terminal's Ctrl-C therefore reaches t
 exactly one on; and when the chain dies, whatever the stage has started dies with it.
 """
 
-import atexit
 import contextlib
 import fcntl
 import importlib
@@ -263,8 +262,6 @@ def _stage(entry: str, argv: list[str], log: str, own_process: bool) -> None:
         code = _relay(entry, argv) if own_process else run_here(argv, entry)
     except KeyboardInterrupt:
         code = INTERRUPTED
-    finally:
-        atexit._run_exitfuncs()  # a forked process leaves without them before Python 3.14; W&B closes its run there
     sys.exit(code)
 
 

@@ -34,7 +34,15 @@ def run_stage(command: str, args: Sequence[str]) -> int:
     args = [command, *_with_recorded_config(command, list(args))]
     check_recipes(args)
     sys.argv = [sys.argv[0], *args]  # what Lightning starts further processes with
-    _command_line(BatonCLI)
+    finished = False
+    try:
+        _command_line(BatonCLI)
+        finished = True
+    finally:
+        # Not left to the interpreter's exit: a stage of a chain ends without one.
+        wandb = sys.modules.get("wandb")
+        if wandb is not None and wandb.run is not None:
+            wandb.finish(exit_code=0 if finished else 1)
     return 0
 
 
@@ -158,7 +166,7 @@ class BatonCLI(LightningCLI):
 
     def _adopt(self, config: Any, path: Path) -> None:
         """Check that the checkpoint is of this task; to look at it, build the network it holds."""
-        checkpoint = handover._unpickle(str(path), path)
+        checkpoint = handover.load_checkpoint(path)
         theirs = checkpoint.get("hyper_parameters", {}).get("_class_path")
         ours = config.model.class_path
         if theirs is not None and theirs != ours:
@@ -251,7 +259,7 @@ class BatonCLI(LightningCLI):
             if self.run.keep == "best":
                 raise ValueError("run.keep=best needs a validation split, and the data have none; set data.val_size.")
             return dict(model.latest)
-        checkpoint = handover._unpickle(str(kept), kept)
+        checkpoint = handover.load_checkpoint(kept)
         model.load_state_dict(checkpoint["state_dict"])
         return {name: value for name, value in checkpoint["baton"]["latest"].items() if name != "lr"}
 
@@ -321,6 +329,7 @@ def _quiet() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated.*")  # Lightning's own
     warnings.filterwarnings("ignore", message=".*is smaller than the logging interval.*")
     warnings.filterwarnings("ignore", message=".*module\\(s\\) in eval mode at the start of training.*")
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")

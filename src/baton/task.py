@@ -227,9 +227,7 @@ class Task(LightningModule):
             "window": window,
             "latest": dict(self.latest),
             "random_state": _gather(_random_state()),
-            "num_classes": self.backbone.num_classes,
-            "parent": self.parent,
-            "classes": self.classes,
+            **handover.checkpoint_entry(self.backbone, self.parent, self.classes),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -263,13 +261,13 @@ class Task(LightningModule):
             self.hparams.update(backbone=name, backbone_kwargs=dict(kwargs or {}))
             return create_backbone(name, **{"num_classes": 0, **(kwargs or {})})
         source = handover.read_source(init_from)
-        handover.check_restated(source, name, kwargs)
-        backbone = handover.build_backbone(source, num_classes=0)
+        kwargs = handover.check_restated(source, name, kwargs)
+        backbone = handover.build_backbone(source, num_classes=0, overrides=kwargs)
         report = handover.load_weights(backbone, source, classifier=False, tolerate=tolerate)
         if self._is_first_process():
             print(f"{init_from}: {source.architecture}, {report}", flush=True)
         self.parent = source.lineage()
-        self.hparams.update(backbone=source.architecture, backbone_kwargs=dict(source.backbone_kwargs))
+        self.hparams.update(backbone=source.architecture, backbone_kwargs=kwargs)
         return backbone
 
     @staticmethod

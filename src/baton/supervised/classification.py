@@ -67,8 +67,8 @@ class Classification(Task):
 
     def _check_labels(self, data: Any) -> None:
         """Every sample that will be compared with its class must have one."""
-        stage = self.trainer.state.fn if data is not None else None
-        splits = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}.get(str(stage), ())
+        stage = self.trainer.state.fn.value if data is not None and self.trainer.state.fn else ""
+        splits = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}.get(stage, ())
         for split in splits:
             targets = getattr(getattr(data, f"{split}_set"), "targets", None)
             if targets is not None and (targets < 0).any():

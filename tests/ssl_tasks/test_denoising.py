@@ -1,0 +1,240 @@
+"""Denoising claims: noise that is what it says, naive losses, and gradients for the whole backbone."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from baton.ssl_tasks import Denoising
+from baton.ssl_tasks.denoising import Decoder, corrupt
+from tiny import WRN, Arrays, fit, same, state, trainer
+
+BACKBONES = {
+    "wide_resnet": (WRN["backbone_kwargs"], (33, 35)),
+    "resnet18": ({}, (33, 35)),
+    "test_vit": ({"img_size": [32, 48]}, (32, 48)),
+    "test_convnext": ({}, (33, 35)),
+}
+
+
+def images(count=64, size=(33, 35)):
+    """Far from both 0 and 1, so that corruption shows."""
+    return 0.25 + 0.5 * torch.rand(count, 3, *size)
+
+
+# --------------------------------------------------------------------------------------------------------------- noise
+
+
+@pytest.mark.parametrize("patch", [1, 2, 4, 5, 50])
+@pytest.mark.parametrize("amount", [0.2, 0.5])
+def test_masking_clears_whole_squares_in_all_channels(patch, amount):
+    torch.manual_seed(patch)
+    clean = images()
+    noisy = corrupt(clean, "masking", amount, patch)
+    masked = noisy == 0
+    assert torch.equal(noisy[~masked], clean[~masked])
+    assert torch.equal(masked, masked[:, :1].expand_as(masked))
+    squares = []
+    for row in range(0, 33, patch):
+        for column in range(0, 35, patch):
+            square = masked[:, 0, row : row + patch, column : column + patch].flatten(1)
+            assert torch.equal(square.all(1), square.any(1))
+            squares.append(square[:, 0])
+    fraction = torch.stack(squares).double().mean().item()
+    draws = len(squares) * len(clean)
+    assert abs(fraction - amount) < 5 * math.sqrt(amount * (1 - amount) / draws)
+    assert not torch.equal(masked[0], masked[1]) or len(squares) == 1
+
+
+def test_salt_and_pepper_hits_single_elements():
+    torch.manual_seed(0)
+    clean, amount = images(), 0.3
+    noisy = corrupt(clean, "salt_and_pepper", amount)
+    pepper, salt = noisy == 0, noisy == 1
+    untouched = ~(pepper | salt)
+    assert torch.equal(noisy[untouched], clean[untouched])
+    bound = 5 * math.sqrt(0.15 * 0.85 / clean.numel())
+    assert abs(pepper.double().mean() - 0.15) < bound
+    assert abs(salt.double().mean() - 0.15) < bound
+    hit = (~untouched).double()
+    both = (hit[:, 0] * hit[:, 1]).mean().item()
+    assert abs(both - amount**2) < 5 * math.sqrt(0.09 * 0.91 / hit[:, 0].numel())  # channels are independent
+    assert abs((hit[0] * hit[1]).mean() - amount**2) < 5 * math.sqrt(0.09 * 0.91 / hit[0].numel())  # so are samples
+
+
+def test_gaussian_noise_is_not_clipped():
+    torch.manual_seed(0)
+    clean = images()
+    noise = (corrupt(clean, "gaussian", 0.5) - clean).double()
+    assert abs(noise.std() - 0.5) < 5 * 0.5 / math.sqrt(2 * noise.numel())
+    assert abs(noise.mean()) < 5 * 0.5 / math.sqrt(noise.numel())
+    fourth = (noise**4).mean() / noise.var() ** 2
+    assert abs(fourth - 3) < 5 * math.sqrt(24 / noise.numel())
+    noisy = clean + noise
+    assert noisy.min() < 0
+    assert noisy.max() > 1
+
+
+@pytest.mark.parametrize("noise", ["masking", "salt_and_pepper", "gaussian"])
+def test_no_amount_is_no_noise_and_shared_noise_knows_no_batches(noise):
+    clean = images(7)
+    assert torch.equal(corrupt(clean, noise, 0.0, 4), clean)
+    torch.manual_seed(3)
+    whole = corrupt(clean, noise, 0.4, 4, shared=True)
+    parts = []
+    for start, end in ((0, 1), (1, 5), (5, 7)):
+        torch.manual_seed(3)
+        parts.append(corrupt(clean[start:end], noise, 0.4, 4, shared=True))
+    assert torch.equal(whole, torch.cat(parts))
+    torch.manual_seed(3)
+    assert not torch.equal(corrupt(clean, noise, 0.4, 4), whole)
+    assert not torch.equal(whole, clean)
+
+
+def test_full_masking_and_full_salt_and_pepper():
+    assert torch.equal(corrupt(images(2), "masking", 1.0, 4), torch.zeros(2, 3, 33, 35))
+    assert set(corrupt(images(2), "salt_and_pepper", 1.0).unique().tolist()) == {0.0, 1.0}
+
+
+# -------------------------------------------------------------------------------------------------------------- losses
+
+
+def with_output(task, output):
+    task.reconstruct = lambda corrupted: output[: len(corrupted)]
+    return task
+
+
+@pytest.mark.parametrize("loss", ["bce", "mse"])
+def test_losses_and_psnr_are_the_naive_ones(loss):
+    torch.manual_seed(0)
+    clean, output = images(5, (7, 9)), torch.randn(5, 3, 7, 9)
+    task = with_output(Denoising(loss=loss, **WRN), output)
+    x, y = np.asarray(clean, np.float64), np.asarray(output, np.float64)
+    if loss == "bce":
+        pixels = 1 / (1 + np.exp(-y))
+        naive = -(x * np.log(pixels) + (1 - x) * np.log(1 - pixels)).mean()
+    else:
+        pixels = np.clip(y, 0, 1)
+        naive = ((x - y) ** 2).mean()
+    batch = (clean, torch.zeros(5, dtype=torch.long))
+    assert task.losses(batch)["loss"].item() == pytest.approx(naive, rel=1e-5)
+    assert task.evaluate(batch)["loss"].item() == pytest.approx(naive, rel=1e-5)
+    psnr = 10 * math.log10(1 / ((x - pixels) ** 2).mean())
+    assert task.metrics.compute()["psnr"].item() == pytest.approx(psnr, rel=1e-5)
+    predicted = task.predict(batch)
+    assert np.allclose(predicted["mse"], ((x - pixels) ** 2).mean((1, 2, 3)), rtol=1e-5)
+    assert np.allclose(predicted["reconstruction"], pixels, atol=1e-6)
+
+
+def test_the_network_sees_the_corrupted_image_and_the_loss_the_clean_one():
+    task, seen = Denoising(noise="masking", amount=1.0, loss="mse", **WRN), []
+    task.reconstruct = lambda corrupted: seen.append(corrupted) or torch.zeros_like(corrupted)
+    clean = images(3, (8, 8))
+    assert task.losses((clean, torch.zeros(3, dtype=torch.long)))["loss"].item() == pytest.approx(
+        clean.square().mean().item(), rel=1e-5
+    )
+    assert not seen[0].any()
+
+
+def test_evaluation_of_a_split_equals_one_batch_of_it_and_repeats():
+    data = Arrays(8, val=11, batch_size=4)
+    task = Denoising(**WRN)
+    runner = trainer()
+    runner.validate(task, datamodule=data, verbose=False)
+    first = dict(task.latest)
+    torch.manual_seed(99)
+    runner.validate(task, datamodule=data, verbose=False)
+    assert task.latest == first
+    clean = data.val_set.__getitems__(range(11))[0].float() / 255
+    task.eval()
+    with torch.no_grad():
+        noisy = task._corrupt_fixed(clean)
+        pixels = task.reconstruct(noisy).sigmoid().double()
+        x = clean.double()
+        loss = -(x * pixels.log() + (1 - x) * (1 - pixels).log()).mean().item()
+        psnr = -10 * math.log10((x - pixels).square().mean().item())
+    assert first == {"val/loss": pytest.approx(loss, rel=1e-5), "val/psnr": pytest.approx(psnr, rel=1e-5)}
+
+
+# ------------------------------------------------------------------------------------------------------------- network
+
+
+@pytest.mark.parametrize("reduction", [1, 2, 4, 8, 14, 16, 32])
+def test_the_decoder_gives_any_size(reduction):
+    decoder = Decoder(5, reduction, 32)
+    for height, width in ((33, 35), (64, 32)):
+        grid = torch.randn(2, 5, -(-height // reduction), -(-width // reduction))
+        assert decoder(grid, (height, width)).shape == (2, 3, height, width)
+    doublings = math.ceil(math.log2(reduction)) if reduction > 1 else 0
+    assert len(decoder.convs) == doublings + 1
+    assert [conv.out_channels for conv in decoder.convs] == [max(32 // 2**level, 16) for level in range(doublings + 1)]
+
+
+def test_the_decoder_is_convolutions_between_doublings():
+    torch.manual_seed(0)
+    decoder = Decoder(5, 4, 32)
+    features = torch.randn(2, 5, 3, 4)
+    x = decoder.convs[0](features).clamp_min(0)
+    for conv in decoder.convs[1:]:
+        x = conv(x.repeat_interleave(2, 2).repeat_interleave(2, 3)).clamp_min(0)
+    assert torch.allclose(decoder(features, (12, 16)), decoder.to_image(x))
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_every_parameter_of_the_backbone_gets_a_gradient(name):
+    torch.manual_seed(0)
+    kwargs, size = BACKBONES[name]
+    task = Denoising(backbone=name, backbone_kwargs=kwargs)
+    with torch.no_grad():
+        for parameter in task.parameters():  # timm starts the last norm of a residual block at zero
+            parameter += 0.1 * torch.randn_like(parameter)
+    clean = images(3, size)
+    assert task.reconstruct(clean).shape == clean.shape
+    task.losses((clean, torch.zeros(3, dtype=torch.long)))["loss"].backward()
+    without = {n for n, p in task.named_parameters() if p.grad is None or not p.grad.any()}
+    # ConvNeXt applies its last norm after pooling, where there is no map any more.
+    assert without == ({"backbone.head.norm.weight", "backbone.head.norm.bias"} if name == "test_convnext" else set())
+
+
+def test_training_lowers_the_loss():
+    task = Denoising(loss="mse", amount=0.2, **WRN)
+    rows = fit(task, Arrays(16, val=8), 8)
+    assert rows.column("val/loss")[-1] < rows.column("val/loss")[0]
+
+
+def test_pictures_show_image_input_and_output():
+    task = Denoising(**WRN).eval()
+    before = state(task)
+    for count, shown in ((3, 3), (20, 8)):
+        batch = (images(count, (10, 12)), torch.zeros(count))
+        with torch.no_grad():
+            picture = task.pictures(batch)["reconstruction"]
+        assert picture.shape == (3, 3 * (10 + 2) + 2, shown * (12 + 2) + 2)
+        assert picture.min() >= 0
+        assert picture.max() <= 1
+        assert torch.allclose(picture[:, 2:12, 2:14], batch[0][0])
+        assert torch.equal(picture[:, 14:24, 2:14], task._corrupt_fixed(batch[0][:8])[0])
+    assert same(before, state(task))
+
+
+def test_errors():
+    for options, message in (
+        ({"amount": 1.5}, "amount of masking noise must lie between 0 and 1, got 1.5"),
+        ({"amount": -0.1, "noise": "gaussian"}, "amount of gaussian noise must"),
+        ({"patch": 0}, "patch must be at least one pixel, got 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Denoising(**options, **WRN)
+    Denoising(amount=1.5, noise="gaussian", **WRN)
+
+
+def test_a_backbone_without_a_map_is_an_error(monkeypatch):
+    monkeypatch.setattr(Denoising, "_create_backbone", lambda self, *args: _Flat())
+    with pytest.raises(ValueError, match="needs a backbone with a spatial map"):
+        Denoising(backbone="flat")
+
+
+class _Flat(nn.Module):
+    pretrained_cfg = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
