@@ -94,7 +94,12 @@ class Run:
             raise ValueError(
                 f"The run {self.path} exists: continue it with --run.resume=true, or choose another --run.name."
             )
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(
+                f"Cannot create the run {self.path}: {error.strerror}; choose another --run.root or --run.name."
+            ) from error
         lock = (self.path / ".lock").open("w")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -146,6 +151,28 @@ class Run:
         )
 
 
+    def publish(self, loggers: list[Logger], sha256: str, parent: Mapping[str, Any] | None) -> None:
+        """Log `model/` as an artifact, with the artifact it started from as its input; only when online.
+
+        Args:
+            loggers: of the run.
+            sha256: of the handed-over tensors; artifacts are named after it.
+            parent: lineage of the weights the run started from.
+        """
+        online = [logger for logger in loggers if isinstance(logger, WandbLogger)] if is_logged_in() else []
+        for logger in online:
+            import wandb
+
+            if parent is not None:
+                try:
+                    logger.experiment.use_artifact(f"backbone-{parent['sha256'][:16]}:latest")
+                except (wandb.errors.CommError, ValueError):
+                    print(f"Weights & Biases does not know {parent['source']}: the lineage starts here.")
+            artifact = wandb.Artifact(f"backbone-{sha256[:16]}", type="model", metadata={"run": self.name})
+            artifact.add_dir(str(self.model))
+            logger.experiment.log_artifact(artifact)
+
+
 def is_logged_in() -> bool:
     """Whether runs can go to Weights & Biases right away."""
     if os.environ.get("WANDB_MODE", "online") != "online":
@@ -164,14 +191,17 @@ class MetricsCSV(Logger):
     Args:
         folder: where the file lies.
         resume_step: last step whose rows are kept; `None` starts a new file.
+        looked_at: step and epoch of the checkpoint that is looked at; in every row, as Lightning would write 0.
     """
 
-    def __init__(self, folder: Path, resume_step: int | None) -> None:
+    def __init__(self, folder: Path, resume_step: int | None, looked_at: Mapping[str, int] | None = None) -> None:
         super().__init__()
+        self._looked_at = dict(looked_at or {})
         self.file = folder / "metrics.csv"
         self._columns: list[str] = ["step", "epoch"]
         self._rows: list[dict[str, Any]] = []
         if rank_zero_only.rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
             self._start(resume_step)
 
     @property
@@ -191,7 +221,7 @@ class MetricsCSV(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Append a row; a new column rewrites the file."""
-        row = {"step": step, **{name: value for name, value in metrics.items() if name != "step"}}
+        row = {"step": step, **{name: value for name, value in metrics.items() if name != "step"}, **self._looked_at}
         new = [name for name in row if name not in self._columns]
         self._rows.append(row)
         if new:

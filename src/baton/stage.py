@@ -1,16 +1,17 @@
 """One stage: LightningCLI with Baton's run directory, resumption, checkpoints, loggers and hand-over around it."""
 
+import contextlib
 import logging
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -36,7 +37,8 @@ def run_stage(command: str, args: Sequence[str]) -> int:
     sys.argv = [sys.argv[0], *args]  # what Lightning starts further processes with
     finished = False
     try:
-        _command_line(BatonCLI)
+        with contextlib.ExitStack() as BatonCLI.locks:
+            _command_line(BatonCLI)
         finished = True
     finally:
         # Not left to the interpreter's exit: a stage of a chain ends without one.
@@ -108,7 +110,10 @@ class RecordConfig(SaveConfigCallback):
         """Write it when training starts; a resumed run writes its present one."""
         if stage != "fit" or not trainer.is_global_zero:
             return
-        text = self.parser.dump(self.config, skip_none=False, format="yaml")
+        # What a run is, not how it was started: as a recipe it must neither resume nor take up a checkpoint.
+        config = self.config.clone()
+        config.ckpt_path, config.run.resume = None, False
+        text = self.parser.dump(config, skip_none=False, format="yaml")
         Path(self.config.run.root, self.config.run.name, "config.yaml").write_text(text)
         for logger in trainer.loggers:
             logger.log_hyperparams(yaml.safe_load(text))
@@ -130,7 +135,7 @@ class BatonCLI(LightningCLI):
     """Adds `--run.*`, opens the run directory, and hands the weights over at the end."""
 
     run: Run
-    _lock: Any = None
+    locks: ClassVar[contextlib.ExitStack]  # held until the command ends, however it ends
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the options of the run."""
@@ -175,9 +180,15 @@ class BatonCLI(LightningCLI):
                 "same task; to start another from its weights, use --model.init_from."
             )
         self._resume_step = checkpoint["global_step"]
+        self._looked_at = {"step": checkpoint["global_step"], "epoch": checkpoint["epoch"] + 1}
         if self.config.subcommand != "fit":
             held = checkpoint["hyper_parameters"]
             init = config.model.init_args
+            if init.backbone is not None and init.backbone != held["backbone"]:
+                raise ValueError(
+                    f"The checkpoint {path} holds backbone {held['backbone']!r}, but {init.backbone!r} was asked for; "
+                    "leave the backbone out."
+                )
             init.init_from, init.backbone, init.backbone_kwargs = None, held["backbone"], held["backbone_kwargs"]
             if "num_classes" in init:
                 init.num_classes = held["num_classes"]
@@ -189,7 +200,9 @@ class BatonCLI(LightningCLI):
             raise ValueError("trainer.sync_batchnorm needs CUDA devices, and there are none here: leave it out.")
         if self.subcommand == "fit":
             plain = yaml.safe_load(self._parser("fit").dump(config, skip_none=False, format="yaml"))
-            self._lock = self.run.open(plain)
+            lock = self.run.open(plain)
+            if lock is not None:
+                self.locks.enter_context(lock)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Add what every run has: its checkpoints, loggers, pictures and a cheap progress bar."""
@@ -197,7 +210,7 @@ class BatonCLI(LightningCLI):
         given = dict(vars(self._get(self.config_init, "trainer")))
         barebones = given.get("barebones")
         if not fitting:
-            kwargs["logger"] = MetricsCSV(self.run.path, 2**62) if self.subcommand != "predict" else False
+            kwargs["logger"] = MetricsCSV(self.run.path, 2**62, self._looked_at) if self.subcommand != "predict" else False
         elif not barebones:
             kwargs["logger"] = self.run.loggers(self._resume_step if self._resume_from else None)
         callbacks: list[Callback] = [] if barebones else self._callbacks(given)
@@ -205,7 +218,11 @@ class BatonCLI(LightningCLI):
         plugins = list(plugins) if isinstance(plugins, list) else [plugins]
         kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
         config = {**given, **kwargs}
-        if not barebones:
+        if not fitting and not any(isinstance(callback, Checkpoint) for callback in given.get("callbacks") or []):
+            config["enable_checkpointing"] = False  # Lightning would add one that looks for its folder
+        if barebones:
+            config["log_every_n_steps"] = config["num_sanity_val_steps"] = None  # the defaults; it allows no others
+        else:
             # Lightning's own default is a bar and a summary, also in a log file.
             shows_bar = any(isinstance(callback, ProgressBar) for callback in callbacks)
             config["enable_progress_bar"] = shows_bar
@@ -252,20 +269,42 @@ class BatonCLI(LightningCLI):
             self._hand_over(model, metrics)
         self.trainer.strategy.barrier()
 
+    def validate(self, model: Task, **kwargs: Any) -> None:
+        """Measure the validation split."""
+        if not self.trainer.validate(model, **(kwargs | {"verbose": False})):
+            raise ValueError(f"{type(self.datamodule).__name__} has no validation split here; set data.val_size.")
+        self._show(model, "val/")
+
+    def test(self, model: Task, **kwargs: Any) -> None:
+        """Measure the test split."""
+        self.trainer.test(model, **(kwargs | {"verbose": False}))
+        self._show(model, "test/")
+
+    def predict(self, model: Task, **kwargs: Any) -> None:
+        """Write predictions."""
+        self.trainer.predict(model, **(kwargs | {"return_predictions": False}))
+        if self.trainer.is_global_zero:
+            print(f"{self.run.path / 'predictions'}: predictions of {self._resume_from} are written")
+
+    def _show(self, model: Task, prefix: str) -> None:
+        values = {name: value for name, value in model.latest.items() if name.startswith(prefix)}
+        if self.trainer.is_global_zero:
+            print(f"{self._resume_from}: {_listed(values)}")
+
     def _take_kept_weights(self, model: Task) -> dict[str, float]:
         """Load what the kept checkpoint holds (the averaged weights, where they are averaged) and its metrics."""
         kept = self.run.checkpoint(self.run.keep)
         if not kept.exists():
             if self.run.keep == "best":
                 raise ValueError("run.keep=best needs a validation split, and the data have none; set data.val_size.")
-            return dict(model.latest)
+            return {name: value for name, value in model.latest.items() if name != "lr"}
         checkpoint = handover.load_checkpoint(kept)
         model.load_state_dict(checkpoint["state_dict"])
         return {name: value for name, value in checkpoint["baton"]["latest"].items() if name != "lr"}
 
     def _hand_over(self, model: Task, metrics: dict[str, float]) -> None:
         self._dump_config()
-        handover.write_model(
+        sha256 = handover.write_model(
             self.run.model,
             model.backbone,
             backbone_kwargs=model.hparams["backbone_kwargs"],
@@ -275,8 +314,8 @@ class BatonCLI(LightningCLI):
             classes=model.classes,
             replace=self.run.resume,
         )
-        shown = ", ".join(f"{name} {value:.4f}" for name, value in sorted(metrics.items()))
-        print(f"{self.run.model}: handed over ({shown})")
+        self.run.publish(self.trainer.loggers, sha256, model.parent)
+        print(f"{self.run.model}: handed over ({_listed(metrics)})")
 
 
 class _ParseOnly(BatonCLI):
@@ -303,6 +342,10 @@ class _interruptible:
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         if kind is SystemExit and isinstance(error.__context__, KeyboardInterrupt):
             raise KeyboardInterrupt from error
+
+
+def _listed(metrics: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4f}" for name, value in sorted(metrics.items()))
 
 
 def _name_parts(config: Any) -> list[str]:
@@ -334,5 +377,8 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", message=".*module\\(s\\) in eval mode at the start of training.*")
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
     warnings.filterwarnings("ignore", message=".*overrides the configure_model.*")
+    warnings.filterwarnings("ignore", message=".*The dirpath has changed.*")
+    warnings.filterwarnings("ignore", message=".*Couldn't infer the batch indices.*")
+    warnings.filterwarnings("ignore", message=".*Total length of `list` across ranks is zero.*")
     warnings.filterwarnings("ignore", message=".*callbacks used to create the checkpoint.*")
     rank_zero_only.rank = getattr(rank_zero_only, "rank", 0)

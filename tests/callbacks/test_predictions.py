@@ -56,16 +56,19 @@ def test_images_go_to_an_archive(tmp_path):
     assert np.allclose(table["mse"], ((archive["reconstruction"] - clean) ** 2).mean((1, 2, 3)), rtol=1e-4)
 
 
-@pytest.mark.parametrize("subset", [None, 5])
-def test_paths_stand_first_where_the_data_has_files(tmp_path, subset):
+@pytest.mark.parametrize("part", [False, True])
+def test_paths_stand_first_where_images_are_files(tmp_path, part):
     class Files(Arrays):
         def sources(self):
-            train, val, test = super().sources()
-            test.paths = [f"image {number}.png" for number in range(len(test))]
-            return train, val, test
+            splits = super().sources()
+            for name, split in zip("abc", splits, strict=True):
+                if split is not None:
+                    split.files = np.array([b"%s %d.png" % (name.encode(), number) for number in range(len(split))])
+            return splits
 
-    data = Files(8, test=5, batch_size=2)
-    trainer(callbacks=[PredictionWriter(str(tmp_path))]).predict(Classification(**WRN), datamodule=data)
+    data = Files(20, val_size=6) if part else Files(8, test=5, batch_size=2)
+    trainer(callbacks=[PredictionWriter(str(tmp_path))]).predict(Classification(num_classes=3, **WRN), datamodule=data)
     table = pd.read_csv(tmp_path / "predictions.csv", index_col="index")
     assert table.columns[0] == "path"
-    assert table["path"].tolist() == [f"image {number}.png" for number in range(5)]
+    numbers = data.val_set.indices if part else range(5)
+    assert table["path"].tolist() == [f"{'a' if part else 'c'} {number}.png" for number in numbers]

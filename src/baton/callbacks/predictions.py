@@ -1,5 +1,6 @@
 """Writes what `predict` returns into a file of the run."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor
+from torch.utils.data import Subset
 
 
 class PredictionWriter(BasePredictionWriter):
@@ -44,14 +46,22 @@ class PredictionWriter(BasePredictionWriter):
         names = getattr(data, "classes", None)
         if names and "prediction" in table:
             table["class"] = [names[index] for index in table["prediction"]]
-        paths = getattr(trainer.predict_dataloaders.dataset, "paths", None)
-        if paths is not None:
-            table.insert(0, "path", [str(path) for path in paths])
+        files = _files(trainer.predict_dataloaders.dataset)
+        if files is not None:
+            table.insert(0, "path", files)
         self.folder.mkdir(parents=True, exist_ok=True)
         table.to_csv(self.folder / "predictions.csv", index_label="index")
         large = {name: values for name, values in joined.items() if values.ndim > 1}
         if large:
             np.savez_compressed(self.folder / "predictions.npz", **large)
+
+
+def _files(dataset: Any) -> list[str] | None:
+    """Files of a data set's images, through the wrappers of loaders and subsets; None where images have none."""
+    if hasattr(dataset, "files"):
+        return [os.fsdecode(file) for file in dataset.files]
+    files = _files(dataset.dataset) if hasattr(dataset, "dataset") else None
+    return files if files is None or not isinstance(dataset, Subset) else [files[index] for index in dataset.indices]
 
 
 def _interleave(parts: list[Tensor]) -> Tensor:
