@@ -4,6 +4,8 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -176,49 +178,88 @@ def test_predict_on_own_images(finished: Path, monkeypatch: pytest.MonkeyPatch, 
     assert [Path(row["path"]).name for row in rows] == [f"image{number}.png" for number in range(5)]
 
 
+def test_other_classes_are_not_measured(
+    finished: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys
+) -> None:
+    monkeypatch.chdir(finished)
+    for name in ("train/cat", "train/dog", "val/cat", "val/dog"):
+        (tmp_path / name).mkdir(parents=True)
+        Image.new("RGB", (16, 16)).save(tmp_path / name / "image.png")
+    folder = ["--run.name=r", "--data=ImageFolder", f"--data.root={tmp_path}", "--data.image_size=16"]
+    assert baton("validate", *folder) == 2
+    assert "those of the data cat, dog" in capsys.readouterr().err
+    assert baton("test", *folder) == 2
+
+
+# A recorded configuration is a recipe
+
+
+def test_a_resumed_run_can_be_repeated(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(finished)
+    assert fit("--run.resume=true", "--run.test=true") == 0  # nothing left to train
+    assert baton("fit", "--config=runs/r/config.yaml", "--run.name=again") == 0
+    steps = [row["step"] for row in csv.DictReader((finished / "runs/again/metrics.csv").open())]
+    assert steps[0] == "4"  # from the start, not from r's checkpoint
+    assert metrics(finished, "again") == metrics(finished)
+
+
 # What may go wrong while it runs
 
 
-def in_child(argv: list[str], before: object = None) -> int:
-    """Run a command in a forked process and return its exit code; `before` changes things there first."""
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            torch.set_num_threads(1)
-            if callable(before):
-                before()
-            code = cli.main(argv)
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+@pytest.fixture
+def interrupted_at(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., int]]:
+    """Run a command and press Ctrl-C in a training step; returns the exit code."""
+
+    def run_until(step: int, command: list[str]) -> int:
+        original, calls = Task.training_step, [0]
+
+        def counting(self, *args):
+            calls[0] += 1
+            if calls[0] == step:
+                os.kill(os.getpid(), signal.SIGINT)
+            return original(self, *args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Task, "training_step", counting)
+            return cli.main(command)
+
+    handler = signal.getsignal(signal.SIGINT)
+    yield run_until
+    signal.signal(signal.SIGINT, handler)  # Lightning leaves it ignored
 
 
-def interrupt_at(step: int) -> None:
-    original, calls = Task.training_step, [0]
-
-    def counting(self, *args):
-        calls[0] += 1
-        if calls[0] == step:
-            os.kill(os.getpid(), signal.SIGINT)
-        return original(self, *args)
-
-    Task.training_step = counting
-
-
-def test_ctrl_c_and_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture) -> None:
+def test_ctrl_c_and_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupted_at, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     command = ["fit", *TINY, "--run.checkpoint_every=1", "--run.resume=true"]
-    assert in_child([*command, "--run.name=whole"]) == 0
-    assert in_child([*command, "--run.name=r"], lambda: interrupt_at(6)) == 130
-    lines = [line for line in capfd.readouterr().err.splitlines() if line.strip()]
-    assert [line for line in lines if "interrupted" in line] == [lines[-1]]
-    assert not any("Traceback" in line for line in lines)
+    assert cli.main([*command, "--run.name=whole"]) == 0
+    capsys.readouterr()
+    assert interrupted_at(6, [*command, "--run.name=r"]) == 130
+    error = capsys.readouterr().err
+    assert error.strip() == "baton: interrupted; continue with the same command and --run.resume=true."
     assert not (tmp_path / "runs/r/model").exists()
-    assert in_child([*command, "--run.name=r"]) == 0
+    assert cli.main([*command, "--run.name=r"]) == 0
     assert metrics(tmp_path) == metrics(tmp_path, "whole")
+
+
+@pytest.mark.slow
+def test_ctrl_c_from_outside(tmp_path: Path) -> None:
+    """A real process, interrupted while it trains, ends with one sentence; the same command then finishes."""
+    command = [sys.executable, "-m", "baton", "fit", *TINY, "--run.name=r", "--run.resume=true", "--trainer.max_epochs"]
+    process = subprocess.Popen([*command, "10000"], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "runs/r/checkpoints/last.ckpt").exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert error.splitlines()[-1].startswith("baton: interrupted;")
+    assert "Traceback" not in error
+    done = torch.load(tmp_path / "runs/r/checkpoints/last.ckpt", weights_only=True)["epoch"] + 1
+    again = subprocess.run([*command, str(done + 2)], cwd=tmp_path, check=False, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert (tmp_path / "runs/r/model/model.safetensors").exists()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
@@ -254,7 +295,7 @@ def test_a_full_disk_keeps_the_checkpoint(tmp_path: Path, monkeypatch: pytest.Mo
     original, calls = os.fsync, [0]
 
     def fsync(descriptor: int) -> None:
-        if "last.ckpt" in os.readlink(f"/proc/self/fd/{descriptor}"):
+        if "last.ckpt" in str(Path(f"/proc/self/fd/{descriptor}").readlink()):
             calls[0] += 1
             if calls[0] == 2:
                 raise OSError(28, "No space left on device")
@@ -271,13 +312,13 @@ def test_a_full_disk_keeps_the_checkpoint(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.slow
-def test_weights_and_biases_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_and_biases_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupted_at) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "offline")
     command = ["fit", *(arg for arg in TINY if "wandb" not in arg), "--run.name=r", "--run.resume=true"]
-    assert in_child(command, lambda: interrupt_at(6)) == 130
+    assert interrupted_at(6, command) == 130
     identity = (tmp_path / "runs/r/wandb_id.txt").read_text()
-    assert in_child(command) == 0
+    assert cli.main(command) == 0
     folders = sorted(path.name for path in (tmp_path / "runs/r/wandb").glob("offline-run-*"))
     assert len(folders) == 2
     assert all(name.endswith(f"-{identity}") for name in folders)

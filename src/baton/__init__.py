@@ -11,7 +11,7 @@ __version__ = "0.1.0"
 __all__ = ["list_backbones", "load_backbone"]
 
 # The `baton` command must answer `--help` without waiting for torch; it imports what it needs by itself.
-if Path(sys.argv[0]).stem != "baton":
+if Path(sys.argv[0]).stem not in ("baton", "-m"):  # `-m` while `python -m baton` starts
     from baton import backbones as backbones
 
 

@@ -15,7 +15,8 @@ Trains vision networks in stages and passes verified weights from one stage to t
   baton list backbones | tasks | data [FILTER]                               what there is
   baton export RUN --to FOLDER | FILE.onnx                                   timm folder or ONNX, checked
 
-`baton COMMAND --help` says more, `baton fit --help-all` lists every option. Set BATON_TRACEBACK=1 to see where an error comes from.
+`baton COMMAND --help` says more, `baton fit --help-all` lists every option.
+Set BATON_TRACEBACK=1 to see where an error comes from.
 """
 FIT_HELP = """usage: baton fit [--config RECIPE.yaml] --model TASK --data DATA [options]
 

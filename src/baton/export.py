@@ -31,6 +31,9 @@ class Normalised(nn.Module):
         std: their standard deviation.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, backbone: nn.Module, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
         self.backbone = backbone
@@ -54,17 +57,19 @@ def run_export(args: Sequence[str]) -> int:
     if onnx:
         _check_onnx()
     elif options.size is not None:
-        raise ValueError(f"--size is for ONNX files; a folder such as {target} keeps what the network says of its input.")
-    if (target.is_dir() and any(target.iterdir())) or target.is_file():
-        if not options.overwrite:
-            raise ValueError(f"{target} exists: choose another place, or replace it with --overwrite.")
+        raise ValueError(
+            f"--size is for ONNX files; a folder such as {target} keeps what the network says of its input."
+        )
+    filled = any(target.iterdir()) if target.is_dir() else target.exists()
+    if filled and not options.overwrite:
+        raise ValueError(f"{target} exists: choose another place, or replace it with --overwrite.")
+    if onnx and target.is_dir():
+        raise ValueError(f"{target} is a folder: choose a file name for the ONNX model.")
     source = read_source(options.source)
     backbone = build_backbone(source)
     report = load_weights(backbone.to(_dtype(source)), source, classifier=True)
     print(f"{options.source}: {source.architecture}, {report}", flush=True)
     if onnx:
-        if target.is_dir():
-            raise ValueError(f"{target} is a folder; choose a file name for the ONNX model.")
         export_onnx(source, backbone.float().eval(), target, options.size)
     else:
         export_folder(source, backbone, target, overwrite=options.overwrite)
@@ -118,39 +123,40 @@ def export_onnx(source: Source, backbone: nn.Module, file: Path, size: int | Non
     size = size or _training_size(source) or config["input_size"][-1]
     network = Normalised(backbone, config["mean"], config["std"]).eval()
     channels = int(source.backbone_kwargs.get("in_chans", 3))
+    metadata = _metadata(source, config)
     partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
     file.parent.mkdir(parents=True, exist_ok=True)
     try:
         for free_size in (True, False):
             try:
-                _write_graph(network, torch.rand(2, channels, size, size), partial, free_size, _metadata(source, config))
+                _write_graph(network, torch.rand(2, channels, size, size), partial, free_size, metadata)
                 shapes = [(1, channels, size, size), (5, channels, size, size)]
                 shapes += [(3, channels, size + 32, size + 64)] if free_size else []
                 difference, relative = _compare(network, partial, shapes)
             except Exception as error:  # the exporter has dozens of errors; most say that a size must be fixed
                 if not free_size:
-                    raise ValueError(f"{source.architecture} cannot be exported at {size} px: {_brief(error)}.") from error
+                    raise ValueError(
+                        f"{source.architecture} cannot become ONNX at {size} px: {_brief(error)}."
+                    ) from error
                 continue
             if relative <= TOLERANCE or not free_size:
                 break
         if relative > TOLERANCE:
             raise ValueError(
-                f"The ONNX model of {source.location} differs from PyTorch by {difference:.2g} (relative {relative:.2g}, "
-                f"at most {TOLERANCE:g} is accepted); nothing was written."
+                f"The ONNX model of {source.location} differs from PyTorch by {difference:.2g} (relative "
+                f"{relative:.2g}, at most {TOLERANCE:g} is accepted); nothing was written."
             )
         partial.replace(file)
     finally:
         partial.unlink(missing_ok=True)
     output = f"{source.num_classes} logits" if source.num_classes else "pooled features"
-    sides = "any height and width" if free_size else f"{size} x {size} pixels"
+    sides = "free height and width" if free_size else f"{size} x {size} pixels"
     print(f"{file}: RGB in [0, 1], any batch, {sides} -> {output}; opset {OPSET}, normalisation inside")
     print(f"{file}: largest difference from PyTorch {difference:.2g} (relative {relative:.2g}) over batches of 1 and 5")
     return difference
 
 
-def _write_graph(
-    network: nn.Module, example: Tensor, file: Path, free_size: bool, metadata: dict[str, str]
-) -> None:
+def _write_graph(network: nn.Module, example: Tensor, file: Path, free_size: bool, metadata: dict[str, str]) -> None:
     import onnx
 
     free = {0: torch.export.Dim("batch")}

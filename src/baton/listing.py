@@ -76,12 +76,14 @@ def _matching(word: str, entries: list[tuple[str, str]], filter: str) -> list[tu
     if not matching:
         by_lower = {name.lower(): name for name, _ in entries}
         near = difflib.get_close_matches(filter.strip("*?").lower(), list(by_lower), 3)
-        raise ValueError(f"Nothing in `baton list {word}` matches {filter!r}{_nearest_are([by_lower[n] for n in near])}.")
+        raise ValueError(
+            f"Nothing in `baton list {word}` matches {filter!r}{_nearest_are([by_lower[n] for n in near])}."
+        )
     return matching
 
 
 def _subclasses(base: str, files: Sequence[Path]) -> dict[str, str]:
-    """Public classes in these files that derive from `base`, over any number of steps, with their first docstring line."""
+    """Public classes in these files that derive from `base`, directly or not, with their first docstring line."""
     classes: dict[str, tuple[list[str], str]] = {}
     for file in files:
         for node in ast.parse(file.read_text(encoding="utf-8")).body:

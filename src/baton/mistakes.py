@@ -77,6 +77,8 @@ def _innermost(message: str, key: str = "", value: str = "") -> tuple[str, str, 
         return _innermost(found[2], f"{key}.{found[1]}".lstrip("."), value)
     if found := re.match(r"\s*- Expected a path but .*? not accessible or invalid\s*- (.*)", text, re.DOTALL):
         return _innermost(found[1], key, value)
+    if found := re.match(r"-*(\S+\.help): (.*)", text, re.DOTALL):
+        return _innermost(found[2], found[1], value)
     found = re.match(r"Problem with given class_path '.*?':\s*(.*)", text, re.DOTALL)
     if found and not re.match(r"No module|module |'?\w+'? is not a package|cannot import", found[1]):
         return _innermost(found[1], key, value)
@@ -154,9 +156,7 @@ def _unknown_option(line: CommandLine, key: str, text: str, value: str) -> str |
     else:
         return None
     if option == "class_path" and "'class_path':" in value:
-        return (
-            f"{line.place(key)}: beside class_path, everything belongs under init_args; check the indentation there."
-        )
+        return f"{line.place(key)}: beside class_path, everything belongs under init_args; check the indentation there."
     owner = line.class_of(key, option, value) if key else None
     full = f"{key}.{option}" if key else option
     near = nearest_keys(full, line.keys(key, owner))
@@ -194,7 +194,9 @@ def _wrong_type(line: CommandLine, key: str, text: str, value: str) -> str | Non
     nested = re.search(r"val=(.*)\)$", value) if value.startswith("NestedArg(") else None
     got = got or (nested[1] if nested else value)
     got = got.strip("'\"")
-    choices = [choice.strip("'\" ") for literal in re.findall(r"Literal\[(.*?)\]", text) for choice in literal.split(",")]
+    choices = [
+        choice.strip("'\" ") for literal in re.findall(r"Literal\[(.*?)\]", text) for choice in literal.split(",")
+    ]
     if choices:
         near = difflib.get_close_matches(got, choices, 1)
         shown = ", ".join(dict.fromkeys(choices))
@@ -205,7 +207,11 @@ def _wrong_type(line: CommandLine, key: str, text: str, value: str) -> str | Non
 
 
 def _nearest_are(near: Sequence[str], dashes: str = "") -> str:
-    return f"; the nearest {'is' if len(near) == 1 else 'are'} {' and '.join(dashes + name for name in near)}" if near else ""
+    return (
+        f"; the nearest {'is' if len(near) == 1 else 'are'} {' and '.join(dashes + name for name in near)}"
+        if near
+        else ""
+    )
 
 
 # --------------------------------------------------------------------------------------------- errors of the run itself
@@ -229,7 +235,10 @@ def sentence(error: BaseException) -> str | None:
         return _outside(error)
     if type(error).__name__ == "OutOfMemoryError":
         return f"The device has too little memory ({text}): lower data.batch_size."
-    called = {(file.removeprefix(f"{inside}/"), frame.f_code.co_name): frame for file, (frame, _) in zip(files, frames)}
+    called = {
+        (file.removeprefix(f"{inside}/"), frame.f_code.co_name): frame
+        for file, (frame, _) in zip(files, frames, strict=True)
+    }
     return _from_a_setting(error, text.rstrip(".!"), called)
 
 
@@ -253,7 +262,7 @@ def _from_a_setting(error: BaseException, text: str, called: dict[tuple[str, str
     if any(function == "_verify_batch_size" for _, function in called):
         return f"{text}: a batch of one image is too small to normalise; set data.drop_last=true."
     trainer = any(file.endswith("trainer/trainer.py") and function == "__init__" for file, function in called)
-    if trainer and isinstance(error, ValueError | TypeError) or type(error).__name__ == "MisconfigurationException":
+    if (trainer and isinstance(error, ValueError | TypeError)) or type(error).__name__ == "MisconfigurationException":
         return f"The trainer's settings do not work here: {text}."
     return None
 

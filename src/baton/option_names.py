@@ -48,9 +48,9 @@ class CommandLine:
         known = {"--print_config", "--help"}
         for position, word in enumerate(self.words):
             following = self.words[position + 1 : position + 2]
-            if word.startswith("--") and "=" not in word and word not in known:
-                if not following or following[0].startswith("--"):
-                    return word
+            alone = not following or following[0].startswith("--")
+            if alone and word.startswith("--") and "=" not in word and word not in known:
+                return word
         return None
 
     def recipe_files(self) -> list[tuple[str, Any]]:
@@ -177,11 +177,14 @@ def _similarity(key: str, candidate: str) -> float:
     together = words if group == other_group else words * (0.97 if same_root or not group else 0.8)
     if len(last) > 2 and other_last.startswith(last) and group in ("", other_group):
         together = max(together, 0.95)  # half a name
+    if group == other_group:
+        return together  # the long part that is equal says nothing
     return max(together, difflib.SequenceMatcher(None, key, candidate).ratio() * 0.9)
 
 
 def _public_subclasses(bases: Iterable[type]) -> dict[str, type]:
     found: dict[str, type] = {}
+    cls: type
     for base in bases:
         for cls in base.__subclasses__():
             if not cls.__name__.startswith("_"):

@@ -12,6 +12,8 @@ from typing import Any, Literal, TextIO
 import torch
 import yaml
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -68,9 +70,11 @@ class Run:
 
     def choose_name(self, parts: list[str]) -> None:
         """Name an unnamed run after its parts, with the first number that is free."""
-        if self.name is None:
+        if self.name is None and rank_zero_only.rank != 0:
             # Processes that Lightning starts for further devices must find the same folder.
             self.name = os.environ.get("BATON_RUN_NAME")
+            if self.name is None:
+                raise ValueError("Processes that SLURM or torchrun start must agree on a folder: give --run.name.")
         if self.name is None:
             stem = "-".join(part.lower() for part in parts if part)
             number = 1
@@ -106,7 +110,11 @@ class Run:
         except OSError as error:
             raise ValueError(f"Another process is writing the run {self.path}: wait for it, or end it.") from error
         if self.resume and existing.exists() and self.checkpoint("last").exists():
-            self._check_same(yaml.safe_load(existing.read_text()), config)
+            try:
+                self._check_same(yaml.safe_load(existing.read_text()), config)
+            except ValueError:
+                lock.close()  # else the error's traceback would hold it
+                raise
         return lock
 
     def _check_same(self, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
@@ -149,7 +157,6 @@ class Run:
             resume="allow",
             settings={"console": "off", "silent": True},
         )
-
 
     def publish(self, loggers: list[Logger], sha256: str, parent: Mapping[str, Any] | None) -> None:
         """Log `model/` as an artifact, with the artifact it started from as its input; only when online.
@@ -233,8 +240,9 @@ class MetricsCSV(Logger):
 
     def _start(self, resume_step: int | None) -> None:
         if resume_step is not None and self.file.exists():
-            with self.file.open(newline="") as file:
-                rows = [row for row in csv.DictReader(file) if None not in row.values()]
+            text = self.file.read_text()
+            lines = text[: text.rfind("\n") + 1]  # the last line may be half written
+            rows = [row for row in csv.DictReader(io.StringIO(lines)) if None not in row.values()]
             self._rows = [row for row in rows if int(row["step"]) <= resume_step]
             self._columns = list(self._rows[0]) if self._rows else self._columns
         self._write()
@@ -261,6 +269,18 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         except OSError as error:
             kept = "the previous checkpoint is kept" if path.exists() else "there is no earlier checkpoint"
             raise ValueError(f"Cannot write {path}: {error.strerror}; {kept}; free some space and resume.") from error
+
+
+class WithinEpoch(ModelCheckpoint):
+    """Saves between the batches of an epoch, not after its last one.
+
+    From there Lightning would resume with the next epoch and skip the validation of this one.
+    """
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        """Save where it is due."""
+        if not trainer.is_last_batch:
+            super().on_train_batch_end(trainer, *args)
 
 
 def replace_file(path: Path, content: bytes | memoryview) -> None:

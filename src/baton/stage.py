@@ -15,17 +15,17 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_only
 
-import baton.backbones  # noqa: F401 (registers)
-import baton.data  # noqa: F401 (makes short names known)
+import baton.backbones
+import baton.data
 import baton.distill
 import baton.ssl_tasks
-import baton.supervised  # noqa: F401
+import baton.supervised
 from baton import handover
 from baton.callbacks import OnlineKNN, OnlineLinearProbe, Pictures, ProgressBar  # noqa: F401 (short names)
 from baton.callbacks.predictions import PredictionWriter
 from baton.data.images import ImageData
 from baton.mistakes import check_recipes, explain
-from baton.run import AtomicCheckpointIO, MetricsCSV, Run
+from baton.run import AtomicCheckpointIO, MetricsCSV, Run, WithinEpoch
 from baton.task import Task
 
 
@@ -71,7 +71,9 @@ def check(argv: Sequence[str]) -> dict[str, Any]:
     model = config["model"]["init_args"]
     if model.get("backbone") and not model.get("init_from"):
         with torch.device("meta"):
-            baton.backbones.create_backbone(model["backbone"], **{"num_classes": 0, **(model.get("backbone_kwargs") or {})})
+            baton.backbones.create_backbone(
+                model["backbone"], **{"num_classes": 0, **(model.get("backbone_kwargs") or {})}
+            )
     return config
 
 
@@ -117,18 +119,6 @@ class RecordConfig(SaveConfigCallback):
         Path(self.config.run.root, self.config.run.name, "config.yaml").write_text(text)
         for logger in trainer.loggers:
             logger.log_hyperparams(yaml.safe_load(text))
-
-
-class WithinEpoch(ModelCheckpoint):
-    """Saves between the batches of an epoch, not after its last one.
-
-    From there Lightning would resume with the next epoch and skip the validation of this one.
-    """
-
-    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
-        """Save where it is due."""
-        if not trainer.is_last_batch:
-            super().on_train_batch_end(trainer, *args)
 
 
 class BatonCLI(LightningCLI):
@@ -180,6 +170,7 @@ class BatonCLI(LightningCLI):
                 "same task; to start another from its weights, use --model.init_from."
             )
         self._resume_step = checkpoint["global_step"]
+        self._classes = checkpoint.get("baton", {}).get("classes")
         self._looked_at = {"step": checkpoint["global_step"], "epoch": checkpoint["epoch"] + 1}
         if self.config.subcommand != "fit":
             held = checkpoint["hyper_parameters"]
@@ -189,7 +180,10 @@ class BatonCLI(LightningCLI):
                     f"The checkpoint {path} holds backbone {held['backbone']!r}, but {init.backbone!r} was asked for; "
                     "leave the backbone out."
                 )
-            init.init_from, init.backbone, init.backbone_kwargs = None, held["backbone"], held["backbone_kwargs"]
+            # Normalisation travels with the weights, also where they came from a file with its own.
+            statistics = {name: checkpoint["baton"]["pretrained_cfg"][name] for name in ("mean", "std")}
+            kwargs = {**(held["backbone_kwargs"] or {}), "pretrained_cfg_overlay": statistics}
+            init.init_from, init.backbone, init.backbone_kwargs = None, held["backbone"], kwargs
             if "num_classes" in init:
                 init.num_classes = held["num_classes"]
 
@@ -210,7 +204,9 @@ class BatonCLI(LightningCLI):
         given = dict(vars(self._get(self.config_init, "trainer")))
         barebones = given.get("barebones")
         if not fitting:
-            kwargs["logger"] = MetricsCSV(self.run.path, 2**62, self._looked_at) if self.subcommand != "predict" else False
+            kwargs["logger"] = (
+                MetricsCSV(self.run.path, 2**62, self._looked_at) if self.subcommand != "predict" else False
+            )
         elif not barebones:
             kwargs["logger"] = self.run.loggers(self._resume_step if self._resume_from else None)
         callbacks: list[Callback] = [] if barebones else self._callbacks(given)
@@ -271,12 +267,14 @@ class BatonCLI(LightningCLI):
 
     def validate(self, model: Task, **kwargs: Any) -> None:
         """Measure the validation split."""
+        self._check_classes()
         if not self.trainer.validate(model, **(kwargs | {"verbose": False})):
             raise ValueError(f"{type(self.datamodule).__name__} has no validation split here; set data.val_size.")
         self._show(model, "val/")
 
     def test(self, model: Task, **kwargs: Any) -> None:
         """Measure the test split."""
+        self._check_classes()
         self.trainer.test(model, **(kwargs | {"verbose": False}))
         self._show(model, "test/")
 
@@ -285,6 +283,15 @@ class BatonCLI(LightningCLI):
         self.trainer.predict(model, **(kwargs | {"return_predictions": False}))
         if self.trainer.is_global_zero:
             print(f"{self.run.path / 'predictions'}: predictions of {self._resume_from} are written")
+
+    def _check_classes(self) -> None:
+        """Other images may have other classes; their labels would silently mean something else."""
+        theirs = self.datamodule.classes
+        if self._classes and theirs and list(theirs) != self._classes:
+            raise ValueError(
+                f"The run's classes are {', '.join(self._classes)}, those of the data {', '.join(theirs)}: measure "
+                "it on data of the same classes, or look at its predictions (`baton predict`)."
+            )
 
     def _show(self, model: Task, prefix: str) -> None:
         values = {name: value for name, value in model.latest.items() if name.startswith(prefix)}
@@ -358,7 +365,9 @@ def _name_parts(config: Any) -> list[str]:
 def _with_recorded_config(command: str, args: list[str]) -> list[str]:
     """To look at a run, its own configuration is the start: `baton test --run.name NAME` is enough."""
     flat = [part for arg in args for part in (arg.split("=", 1) if arg.startswith("--run.") else [arg])]
-    if command == "fit" or any(arg in ("-c", "--config", "-h", "--help") or arg.startswith("--config=") for arg in args):
+    if command == "fit" or any(
+        arg in ("-c", "--config", "-h", "--help") or arg.startswith("--config=") for arg in args
+    ):
         return args
     if "--run.name" not in flat[:-1]:
         return args
@@ -380,5 +389,6 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", message=".*The dirpath has changed.*")
     warnings.filterwarnings("ignore", message=".*Couldn't infer the batch indices.*")
     warnings.filterwarnings("ignore", message=".*Total length of `list` across ranks is zero.*")
+    warnings.filterwarnings("ignore", message=".*sync_dist=True.*")  # what a task logs is reduced already
     warnings.filterwarnings("ignore", message=".*callbacks used to create the checkpoint.*")
     rank_zero_only.rank = getattr(rank_zero_only, "rank", 0)

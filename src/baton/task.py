@@ -134,7 +134,9 @@ class Task(LightningModule):
         if self._built:
             return
         self._built = True
-        self.build()
+        # DDP resets the seed before this, one process does not: the draws in here must not depend on it.
+        with fixed_randomness(torch.initial_seed() + 1):
+            self.build()
         if self.channels_last:
             self.backbone.to(memory_format=torch.channels_last)
         if self.compile_backbone:
@@ -166,10 +168,12 @@ class Task(LightningModule):
         return self
 
     def on_train_start(self) -> None:
-        """Continue the random numbers of an interrupted run."""
+        """Continue the random numbers of an interrupted run, or part those of the processes: all began alike."""
         if self._random_state is not None:
             _set_random_state(self._random_state, self.global_rank)
             self._random_state = None
+        elif self.global_rank > 0:
+            torch.manual_seed(torch.initial_seed() + self.global_rank)
 
     def on_train_epoch_start(self) -> None:
         """Forget the optimiser's momentum where the schedule says so."""

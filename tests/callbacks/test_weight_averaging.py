@@ -18,7 +18,8 @@ def test_the_averaged_weights_are_handed_over(val, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Task, "on_train_batch_end", record, raising=False)
     code = cli.main([
-        "fit", "--model=Classification", "--model.backbone=wide_resnet", "--model.backbone_kwargs={depth: 10, width: 1}",
+        "fit", "--model=Classification", "--model.backbone=wide_resnet",
+        "--model.backbone_kwargs={depth: 10, width: 1}",
         "--data=Shapes", "--data.size=16", "--data.length=20", f"--data.val_length={val}", "--data.test_length=12",
         "--data.batch_size=8", "--trainer.max_epochs=3", "--trainer.accelerator=cpu",
         "--trainer.callbacks+=lightning.pytorch.callbacks.EMAWeightAveraging", "--trainer.callbacks.decay=0.7",

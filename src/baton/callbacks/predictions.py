@@ -42,8 +42,7 @@ class PredictionWriter(BasePredictionWriter):
             return
         joined = {name: _interleave([part[name] for part in parts]).numpy() for name in own}
         table = pd.DataFrame({name: values for name, values in joined.items() if values.ndim == 1})
-        data = getattr(trainer, "datamodule", None)
-        names = getattr(data, "classes", None)
+        names = getattr(pl_module, "classes", None)  # the run's: the images may have other classes, or none
         if names and "prediction" in table:
             table["class"] = [names[index] for index in table["prediction"]]
         files = _files(trainer.predict_dataloaders.dataset)

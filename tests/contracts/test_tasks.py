@@ -1,0 +1,134 @@
+"""One contract for every task: it trains, hands over its backbone bit by bit, and every task can go on from there."""
+
+import functools
+import inspect
+import itertools
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import yaml
+from safetensors.torch import load_file
+
+import baton.distill
+import baton.ssl_tasks
+import baton.supervised
+from baton import cli
+from baton.handover import read_source
+from baton.task import Task
+from tiny import same, state
+
+FAMILIES = (baton.ssl_tasks, baton.supervised, baton.distill)
+TASKS = {
+    name: cls
+    for family in FAMILIES
+    for name, cls in vars(family).items()
+    if inspect.isclass(cls) and issubclass(cls, Task) and cls is not Task
+}
+#: What a task needs beyond a backbone; `{Classification}` is the folder of that task's run.
+NEEDS: dict[str, list[str]] = {}
+BACKBONE = ["--model.backbone=wide_resnet", "--model.backbone_kwargs={depth: 10, width: 1, drop_rate: 0.1}"]
+
+
+def test_there_are_tasks_and_all_are_final():
+    assert {"Denoising", "Classification"} <= TASKS.keys()
+    for one, other in itertools.permutations(TASKS.values(), 2):
+        assert not issubclass(one, other)
+    assert {cls for cls in _below(Task) if cls.__module__.startswith("baton.")} == set(TASKS.values())
+
+
+def _below(cls):
+    return set(cls.__subclasses__()).union(*(map(_below, cls.__subclasses__())))
+
+
+@pytest.fixture(scope="session")
+def run_of(tmp_path_factory):
+    """The folder of a task's run: one epoch on tiny images, through the command."""
+    root = tmp_path_factory.mktemp("runs")
+
+    @functools.cache
+    def run(name: str) -> Path:
+        needs = [option.format_map(_Runs(run)) for option in NEEDS.get(name, [])]
+        assert cli.main([
+            "fit", f"--model={name}", *BACKBONE, *needs, "--model.optimizer.lr=0.01",
+            "--data=Shapes", "--data.size=16", "--data.length=20", "--data.val_length=9", "--data.test_length=9",
+            "--data.batch_size=8", "--trainer.max_epochs=1", "--trainer.accelerator=cpu",
+            f"--run.root={root}", f"--run.name={name}", "--run.wandb=false", "--run.test=true",
+        ]) == 0  # fmt: skip
+        return root / name
+
+    return run
+
+
+class _Runs(dict):
+    def __init__(self, run):
+        self.run = run
+
+    def __missing__(self, name):
+        return self.run(name)
+
+
+def in_memory(run: Path) -> dict[str, torch.Tensor]:
+    """The backbone as training left it, read from the checkpoint with torch alone."""
+    tensors = torch.load(run / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    return {name.removeprefix("backbone."): t for name, t in tensors.items() if name.startswith("backbone.")}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_run_leaves_what_it_should(name, run_of):
+    run = run_of(name)
+    header, *rows = (run / "metrics.csv").read_text().splitlines()
+    assert {"step", "epoch", "lr", "train/loss", "val/loss", "test/loss"} <= set(header.split(","))
+    assert len(rows) >= 3
+    record = read_source(run).record
+    assert record["metrics"].keys() >= {"train/loss", "val/loss", "test/loss"}
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["model"]["class_path"].endswith(f".{name}")
+    assert record["config"] == config
+    assert not list(run.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_the_handed_over_bytes_are_the_trained_ones(name, run_of):
+    run = run_of(name)
+    handed = load_file(run / "model/model.safetensors")
+    assert same(handed, in_memory(run))
+    theirs = timm.create_model(f"local-dir:{run / 'model'}", pretrained=True)
+    assert same(handed, state(theirs))
+    fresh = timm.create_model("wide_resnet", depth=10, width=1, num_classes=theirs.num_classes)
+    assert not torch.equal(fresh.stem.weight, theirs.stem.weight)
+
+
+@pytest.mark.parametrize(("first", "second"), itertools.product(TASKS, TASKS))
+def test_every_task_goes_on_from_every_task(first, second, run_of, capsys):
+    run = run_of(first)
+    needs = [option.format_map(_Runs(run_of)) for option in NEEDS.get(second, [])]
+    options = {key.removeprefix("--model."): yaml.safe_load(value) for key, value in (n.split("=", 1) for n in needs)}
+    capsys.readouterr()
+    task = TASKS[second](init_from=str(run), **options)
+    before = in_memory(run)
+    classifier = set(before) - set(state(task.backbone))
+    assert classifier <= {"fc.weight", "fc.bias"}
+    assert same({name: value for name, value in before.items() if name not in classifier}, state(task.backbone))
+    count = len(before) - len(classifier)
+    assert f"{count} of {count} tensors" in capsys.readouterr().out
+    assert task.hparams["backbone"] == "wide_resnet"
+    assert task.hparams["backbone_kwargs"] == {"depth": 10, "width": 1, "drop_rate": 0.1}
+    assert task.parent["sha256"] == read_source(run).sha256
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_checkpoint_of_the_command_loads_without_it(name, run_of):
+    path = run_of(name) / "checkpoints/last.ckpt"
+    task = TASKS[name].load_from_checkpoint(path, map_location="cpu", weights_only=True)
+    assert same(state(task), torch.load(path, weights_only=True)["state_dict"])
+    assert task.optimizer.lr == 0.01
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_every_option_is_explained(name):
+    documented = inspect.getdoc(TASKS[name])
+    for option in inspect.signature(TASKS[name].__init__).parameters:
+        if option != "self":
+            assert f"    {option}: " in documented, option

@@ -1,0 +1,277 @@
+"""Every mistake is one sentence that names the place and the nearest names, and exit code 2."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from baton import cli
+from baton.mistakes import sentence
+
+CLASSIFY = ["--model=Classification", "--model.backbone=wide_resnet", "--model.backbone_kwargs={depth: 10, width: 1}"]
+SHAPES = ["--data=Shapes", "--data.size=16", "--data.length=32", "--data.val_length=9", "--data.test_length=11"]
+BRIEF = ["--trainer.max_epochs=1", "--trainer.enable_progress_bar=false", "--run.wandb=false", "--run.name=r"]
+FIT = ["fit", *CLASSIFY, *SHAPES, *BRIEF]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["baton"])
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    monkeypatch.delenv("BATON_TRACEBACK", raising=False)
+
+
+def complaint(args: list[str], capsys: pytest.CaptureFixture) -> str:
+    """What the command prints for a mistake: one line, exit 2, nothing else, nothing written."""
+    assert cli.main(args) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("baton: error: ")
+    assert error.count("\n") == 1, error
+    return error.removeprefix("baton: error: ").strip()
+
+
+OPTIONS = [
+    ("--model.lrr=3", "--model.lrr is not an option of Classification; the nearest is --model.optimizer.lr."),
+    (
+        "--trainer.max_epoch=3",
+        "--trainer.max_epoch is not an option of `baton fit`; the nearest is --trainer.max_epochs.",
+    ),
+    ("--run.nmae=x", "--run.nmae is not an option of `baton fit`; the nearest is --run.name."),
+    ("--data.batchsize=3", "--data.batchsize is not an option of Shapes; the nearest is --data.batch_size."),
+    ("--batch_size=3", "--batch_size is not an option of `baton fit`; the nearest is --data.batch_size."),
+    ("--modle=Denoising", "--modle is not an option of `baton fit`; the nearest is --model."),
+    ("--model.optimizer.lrr=3", "--model.optimizer.lrr is not an option of Classification; the nearest is --model.opt"),
+    (
+        "--model.optimizer={lrr: 3}",
+        "--model.optimizer.lrr is not an option of Classification; the nearest is --model.o",
+    ),
+    ("--model.lr_scheduler.milestone=[2]", "the nearest is --model.lr_scheduler.milestones."),
+    ("--seed=3", "--seed is not an option of `baton fit`; the nearest are --data.seed and --seed_everything."),
+    ("-model.lr=3", "does not know what to do with '-model.lr'; options begin with two dashes"),
+    ("hello", "`baton fit` does not know what to do with 'hello'."),
+    ("--data.batch_size", "--data.batch_size needs a value."),
+]
+VALUES = [
+    ("--data.batch_size=abc", "--data.batch_size must be a whole number, but got 'abc'."),
+    ("--data.batch_size=1.5", "--data.batch_size must be a whole number, but got '1.5'."),
+    ("--model.optimizer.lr=fast", "--model.optimizer.lr must be a number, but got 'fast'."),
+    ("--trainer.max_epochs=many", "--trainer.max_epochs must be a whole number or null, but got 'many'."),
+    ("--run.resume=maybe", "--run.resume must be true or false, but got 'maybe'."),
+    ("--model.backbone_kwargs=3", "--model.backbone_kwargs must be a mapping or null, but got '3'."),
+    ("--run.keep=lst", "--run.keep must be one of last, best, but got 'lst'; the nearest is last."),
+    ("--model.lr_scheduler.name=cosin", "but got 'cosin'; the nearest is cosine."),
+    ("--model.protocol=probe", "--model.protocol must be one of finetune, linear_probe, but got 'probe'."),
+    ("--trainer.precision=bf8", "--trainer.precision must be one of transformer-engine,"),
+]
+CLASSES = [
+    ("--model=Classifcation", "--model: there is no task 'Classifcation' (`baton list tasks`); the nearest is Classif"),
+    ("--model=classification", "the nearest is Classification."),
+    (
+        "--data=CIFAR1",
+        "--data: there is no data module 'CIFAR1' (`baton list data`); the nearest are CIFAR10 and CIFAR100",
+    ),
+    ("--data=Xyzzy", "there is no data module 'Xyzzy'; there are CIFAR10, CIFAR100"),
+    ("--model=torch.nn.Linear", "--model expects a subclass of Task, but got 'torch.nn.Linear'."),
+    ("--model=nomodule.X", "--model: cannot import 'nomodule.X': No module named 'nomodule'."),
+    (
+        "--trainer.callbacks+=OnlineKN",
+        "--trainer.callbacks: there is no callback 'OnlineKN'; the nearest is OnlineKNN.",
+    ),
+    ("--trainer.callbacks+=baton.callbacks.Nope", "cannot import 'baton.callbacks.Nope'"),
+    ("--trainer.logger=WandbLoger", "--trainer.logger: there is no logger 'WandbLoger'; the nearest is WandbLogger."),
+    (
+        "--model.help=Clasification",
+        "there is no task 'Clasification' (`baton list tasks`); the nearest is Classification.",
+    ),
+]
+SETTINGS = [
+    (
+        "--model.backbone=wide_resnt",
+        "got 'wide_resnt', which neither Baton nor timm knows; the nearest are wide_resnet",
+    ),
+    ("--model.backbone_kwargs={depth: 11}", "the nearest valid depths are 10 and 16"),
+    ("--model.backbone_kwargs={dpth: 10}", "it has no 'dpth'"),
+    ("--model.backbone_kwargs={depth: ten}", "'wide_resnet' cannot be built with {'depth': 'ten'}"),
+    ("--model.optimizer.name=adamm", "'adamm' is not one of timm's optimisers; nearest: adam"),
+    ("--model.optimizer.options={beta: 3}", "The optimiser 'sgd' does not take these options"),
+    ("--model.optimizer.lr=-1", "Invalid learning rate: -1.0"),
+    ("--model.init_from=nowhere", "There is no 'nowhere'; expected a model/ folder"),
+    ("--data.subset=100", "subset asks for 100 training samples, but only 32 are there."),
+    ("--data.batch_size=0", "batch_size must be at least 1, got 0."),
+    ("--model.num_classes=3", "model.num_classes=3 is too few: the data have 10 classes."),
+    ("--ckpt_path=nope.ckpt", "--ckpt_path nope.ckpt does not exist"),
+    ("--run.root=/dev/null", "Cannot create the run /dev/null/r: Not a directory"),
+    ("--trainer.strategy=dpp", "The trainer's settings do not work here: You selected an invalid strategy name"),
+    ("--trainer.accelerator=gpuu", "You selected an invalid accelerator name"),
+    ("--trainer.devices=0", "The trainer's settings do not work here"),
+    ("--trainer.max_epochs=-5", "The trainer's settings do not work here"),
+    ("--run.monitor=val/acc", "run.monitor=val/acc is not a metric of this run, which has train/loss"),
+]
+
+
+@pytest.mark.parametrize(("option", "said"), [*OPTIONS, *VALUES, *CLASSES, *SETTINGS], ids=lambda value: value[:40])
+def test_on_the_command_line(option: str, said: str, capsys: pytest.CaptureFixture) -> None:
+    assert said in complaint([*FIT, option], capsys)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
+@pytest.mark.parametrize("option", ["--trainer.sync_batchnorm=true", "--trainer.accelerator=gpu"])
+def test_devices_that_are_not_there(option: str, capsys: pytest.CaptureFixture) -> None:
+    assert "here" in complaint([*FIT, option], capsys)
+
+
+def test_an_option_of_a_callback(capsys: pytest.CaptureFixture) -> None:
+    said = complaint([*FIT, "--trainer.callbacks+=OnlineKNN", "--trainer.callbacks.kk=3"], capsys)
+    assert said == "--trainer.callbacks.kk is not an option of OnlineKNN; the nearest is --trainer.callbacks.k."
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["fit"], "needs --model TASK and --data DATA, or a recipe"),
+        (["fit", *SHAPES], "`baton fit` needs --model TASK, or"),
+        (["fit", *CLASSIFY], "`baton fit` needs --data DATA, or"),
+        (["fit", "--model"], "--model needs a value."),
+        (["fit", "--model=Classification", *SHAPES], "model.backbone is missing"),
+        (["test"], "`baton test` looks at a finished run: name it with --run.name. There is no run in runs yet."),
+        (["test", "--run.name=nope"], "There is no run runs/nope"),
+        (["predict", *CLASSIFY, *SHAPES], "`baton predict` needs a trained run"),
+    ],
+)
+def test_something_is_missing(args: list[str], said: str, capsys: pytest.CaptureFixture) -> None:
+    assert said in complaint(args, capsys)
+
+
+RECIPE = """
+model:
+  class_path: Classification
+  init_args:
+    backbone: test_resnet
+    lable_smoothing: 0.1
+data:
+  class_path: Shapes
+  init_args: {size: 16, length: 32}
+trainer:
+  callbacks:
+  - class_path: OnlineKNN
+    init_args: {k: 5}
+"""
+GOOD = RECIPE.replace("lable", "label")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "said"),
+    [
+        (
+            RECIPE,
+            "recipe.yaml: model.lable_smoothing is not an option of Classification; the nearest is model.label_sm",
+        ),
+        (
+            GOOD + "sed_everything: 3",
+            "recipe.yaml: sed_everything is not an option of `baton fit`; the nearest is seed_ev",
+        ),
+        (GOOD.replace("data:", "dta:"), "recipe.yaml: dta is not an option of `baton fit`; the nearest is data."),
+        (
+            GOOD + "  max_epoch: 3",
+            "recipe.yaml: trainer.max_epoch is not an option of `baton fit`; the nearest is trainer.m",
+        ),
+        (GOOD.replace("Classification", "Classifcation"), "recipe.yaml: model: there is no task 'Classifcation'"),
+        (GOOD.replace("length: 32", "length: abc"), "recipe.yaml: data.length must be a whole number, but got 'abc'."),
+        (
+            GOOD.replace("{k:", "{kk:"),
+            "recipe.yaml: trainer.callbacks.kk is not an option of OnlineKNN; the nearest is tr",
+        ),
+        (GOOD.replace("k: 5", "k: many"), "recipe.yaml: trainer.callbacks.k must be a whole number, but got 'many'."),
+        (
+            GOOD.replace("OnlineKNN", "OnlineKN"),
+            "recipe.yaml: trainer.callbacks: there is no callback 'OnlineKN'; the ne",
+        ),
+        (
+            GOOD.replace("  init_args:\n    backbone", "  backbone"),
+            "recipe.yaml is not valid YAML in line 5, column 20",
+        ),
+        (
+            "model: {class_path: Classification, backbone: x}",
+            "recipe.yaml: model: beside class_path, everything belongs",
+        ),
+        ("model:\n  a: [1\nb", "The recipe recipe.yaml is not valid YAML in line 3"),
+        ("- a", "The recipe recipe.yaml must hold settings such as `model:` and `data:`, but holds a list."),
+        ("", "must hold settings such as `model:` and `data:`, but holds nothing."),
+        ("\0", "The recipe recipe.yaml is not valid YAML"),
+    ],
+)
+def test_in_a_recipe(recipe: str, said: str, capsys: pytest.CaptureFixture) -> None:
+    Path("recipe.yaml").write_text(recipe)
+    assert said in complaint(["fit", "--config", "recipe.yaml"], capsys)
+
+
+def test_a_good_recipe_with_a_bad_option(capsys: pytest.CaptureFixture) -> None:
+    Path("recipe.yaml").write_text(GOOD)
+    args = ["fit", "--config=recipe.yaml"]
+    assert complaint([*args, "--data.lenght=3"], capsys).startswith(
+        "--data.lenght is not an option of Shapes; the near"
+    )
+    assert complaint([*args, "--data.length=abc"], capsys).startswith("--data.length must be a whole number")
+
+
+@pytest.mark.parametrize("flag", [["--config", "recipes.yaml"], ["--config=recipes.yaml"], ["-c", "recipes.yaml"]])
+def test_a_recipe_that_is_not_there(flag: list[str], capsys: pytest.CaptureFixture) -> None:
+    Path("recipe.yaml").write_text(GOOD)
+    said = complaint(["fit", *flag], capsys)
+    assert said == "The recipe recipes.yaml cannot be read: No such file or directory; the nearest is recipe.yaml."
+
+
+# A run that is there already
+
+
+def test_runs_do_not_mix(capsys: pytest.CaptureFixture) -> None:
+    assert cli.main(FIT) == 0
+    capsys.readouterr()
+    assert "The run runs/r exists" in complaint(FIT, capsys)
+    said = complaint([*FIT, "--run.resume=true", "--data.batch_size=4"], capsys)
+    assert "was started with data.init_args.batch_size=128, now it is 4" in said
+    checkpoint = "--ckpt_path=runs/r/checkpoints/last.ckpt"
+    said = complaint([*FIT, "--model=Denoising", "--run.name=s", checkpoint], capsys)
+    assert "is of baton.supervised.Classification, the model is baton.ssl_tasks.Denoising" in said
+    said = complaint([*FIT, "--model.init_from=runs/r", "--model.backbone=test_resnet", "--run.name=s"], capsys)
+    assert "'runs/r' holds backbone 'wide_resnet', but 'test_resnet' was asked for" in said
+    assert "There is no 'runs/rr'; did you mean r" in complaint(
+        [*FIT, "--model.init_from=runs/rr", "--run.name=s"], capsys
+    )
+    assert "The nearest is r." in complaint(["test", "--run.name=rr"], capsys)
+    assert "The runs in runs: r." in complaint(["test"], capsys)
+    said = complaint(["test", "--run.name=r", "--model.backbone=test_resnet"], capsys)
+    assert "holds backbone 'wide_resnet', but 'test_resnet' was asked for" in said
+
+
+def test_images_of_another_size(capsys: pytest.CaptureFixture) -> None:
+    args = [*FIT, "--model.backbone=vit_tiny_patch16_224", "--model.backbone_kwargs={depth: 1}"]
+    assert "Input height (16) doesn't match model (224); give them that size" in complaint(args, capsys)
+
+
+# Errors of others
+
+
+def raised(function, *args) -> BaseException:
+    try:
+        function(*args)
+    except BaseException as error:
+        return error
+    raise AssertionError("nothing was raised")
+
+
+def test_a_defect_has_no_sentence() -> None:
+    assert sentence(raised(int, "x")) is None
+    assert sentence(raised(os.stat, "nowhere")) is None
+    assert sentence(raised(lambda: {}["x"])) is None
+
+
+def test_the_world_outside_has_one() -> None:
+    def full() -> None:
+        raise OSError(28, "No space left on device", "runs/r/metrics.csv")
+
+    assert sentence(raised(full)) == "runs/r/metrics.csv: No space left on device."
+    assert "lower data.batch_size" in str(sentence(torch.OutOfMemoryError("CUDA out of memory")))
