@@ -13,7 +13,7 @@ MODULES = sorted(SOURCE.rglob("*.py"))
 BASE = {"layers", "losses"}
 BACKBONES = BASE | {"backbones"}
 DATA = {"layers", "losses", "backbones"}
-HANDOVER = BACKBONES | {"data", "handover", "model_folder", "optim"}
+HANDOVER = BACKBONES | {"data", "handover", "model_folder", "optim", "random_state"}
 TASK = HANDOVER | {"task"}
 ALLOWED = {
     "layers": set(),
@@ -21,6 +21,7 @@ ALLOWED = {
     "backbones": BASE,
     "data": DATA,
     "optim": BACKBONES | {"data"},
+    "random_state": set(),
     "model_folder": BACKBONES | {"data"},
     "handover": BACKBONES | {"data", "model_folder"},
     "task": HANDOVER,

@@ -73,7 +73,7 @@ CLASSES = [
         "--data=CIFAR1",
         "--data: there is no data module 'CIFAR1' (`baton list data`); the nearest are CIFAR10 and CIFAR100",
     ),
-    ("--data=Xyzzy", "there is no data module 'Xyzzy'; there are CIFAR10, CIFAR100"),
+    ("--data=Xyzzy", "there is no data module 'Xyzzy'; there are "),
     ("--model=torch.nn.Linear", "--model expects a subclass of Task, but got 'torch.nn.Linear'."),
     ("--model=nomodule.X", "--model: cannot import 'nomodule.X': No module named 'nomodule'."),
     (

@@ -35,5 +35,7 @@ def test_notebook(notebook: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("BATON_CHAIN", str(tmp_path / "runs/tiny"))
     cells = nbformat.read(notebook, as_version=4)
     NotebookClient(cells, timeout=300, resources={"metadata": {"path": str(ROOT)}}).execute()
-    shown = [output for cell in cells.cells for output in cell.get("outputs", []) if "image/png" in output.get("data", {})]
+    shown = [
+        output for cell in cells.cells for output in cell.get("outputs", []) if "image/png" in output.get("data", {})
+    ]
     assert len(shown) >= 3  # the table's plot, the curves, the reconstructions

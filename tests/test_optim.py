@@ -164,6 +164,7 @@ def test_frozen_parameters_are_absent():
         assert set(by_name(net, optimizer)) == {f"decoder.{name}" for name, _ in net.decoder.named_parameters()}
 
 
+@pytest.mark.filterwarnings("ignore:Detected call of")
 def test_layer_decay_scales_the_learning_rate_as_timm_groups_it():
     net, decay = Net(), 0.7
     optimizer = Optimizer("momentum", lr=0.5, weight_decay=0.05, momentum=0.0, layer_decay=decay).build(
@@ -212,7 +213,7 @@ def test_unknown_optimiser_and_option_are_one_sentence():
     with pytest.raises(ValueError, match=r"optimizer.name='adamv' is not .*nearest: .*adam") as caught:
         Optimizer("adamv").build(net, net)
     assert "\n" not in str(caught.value)
-    with pytest.raises(ValueError, match="'adamw' does not take these options: .*beta1"):
+    with pytest.raises(ValueError, match=r"'adamw' does not take these options: .*beta1"):
         Optimizer("adamw", options={"beta1": 0.9}).build(net, net)
     with pytest.raises(ValueError, match="'sgd' does not take these options: Nesterov momentum requires a momentum"):
         Optimizer("sgd", momentum=0.0).build(net, net)

@@ -11,9 +11,10 @@ from torch import Tensor
 from baton.backbones import create_backbone
 from baton.handover import read_source, write_model
 from baton.optim import LRScheduler, Optimizer
+from baton.random_state import fixed_randomness
 from baton.ssl_tasks import Denoising
 from baton.supervised import Classification
-from baton.task import Task, fixed_randomness
+from baton.task import Task
 from tiny import WRN, Arrays, Rows, fit, same, state, trainer
 
 
@@ -175,7 +176,7 @@ class Frozen(Task):
 
     def __init__(self, **kwargs):
         super().__init__(backbone="wide_resnet", backbone_kwargs={"depth": 10, "width": 1, "drop_rate": 0.5}, **kwargs)
-        self.freeze(self.backbone)
+        self.freeze_modules(self.backbone)
         self.head = torch.nn.Linear(self.backbone.num_features, 1)
         self.modes = set()
 

@@ -45,8 +45,13 @@ class Optimizer:
 
         known = timm.optim.list_optimizers()
         if self.name not in known:
-            near = ", ".join(difflib.get_close_matches(self.name, known, 3)) or "see timm.optim.list_optimizers()"
-            raise ValueError(f"optimizer.name={self.name!r} is not one of timm's optimisers; nearest: {near}.")
+            near = (
+                ", ".join(difflib.get_close_matches(self.name, map(str, known), 3))
+                or "see timm.optim.list_optimizers()"
+            )
+            raise ValueError(
+                f"optimizer.name={self.name!r} is not one of timm's optimisers; nearest: {', '.join(near) or 'none'}."
+            )
         options = dict(self.options)
         if timm.optim.get_optimizer_info(self.name).has_momentum:
             options["momentum"] = self.momentum
@@ -57,7 +62,7 @@ class Optimizer:
         except (TypeError, ValueError) as error:
             raise ValueError(f"The optimiser {self.name!r} does not take these options: {error}.") from error
 
-    def _groups(self, module: nn.Module, backbone: nn.Module) -> list[dict[str, Any]]:
+    def _groups(self, module: nn.Module, backbone: Any) -> list[dict[str, Any]]:
         skip = set(backbone.no_weight_decay()) if hasattr(backbone, "no_weight_decay") else set()
         if self.layer_decay is None:
             own, rest = [], dict(module.named_parameters())
@@ -81,7 +86,8 @@ class Optimizer:
 def _split_by_decay(
     named: Iterable[tuple[str, nn.Parameter]], skip: set[str], weight_decay: float, decay_all: bool
 ) -> list[dict[str, Any]]:
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, parameter in named:
         if not parameter.requires_grad:
             continue

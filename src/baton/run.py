@@ -70,7 +70,7 @@ class Run:
 
     def choose_name(self, parts: list[str]) -> None:
         """Name an unnamed run after its parts, with the first number that is free."""
-        if self.name is None and rank_zero_only.rank != 0:
+        if self.name is None and not is_first_process():
             # Processes that Lightning starts for further devices must find the same folder.
             self.name = os.environ.get("BATON_RUN_NAME")
             if self.name is None:
@@ -91,7 +91,7 @@ class Run:
         Raises:
             ValueError: if the folder belongs to another run, to a running one, or to one with another configuration.
         """
-        if rank_zero_only.rank != 0:
+        if not is_first_process():
             return None
         existing = self.path / "config.yaml"
         if not self.resume and existing.exists():
@@ -144,7 +144,7 @@ class Run:
         import secrets
 
         identity = self.path / "wandb_id.txt"
-        if not identity.exists() and rank_zero_only.rank == 0:
+        if not identity.exists() and is_first_process():
             identity.write_text(secrets.token_hex(4))
         return WandbLogger(
             project=self.project,
@@ -180,6 +180,11 @@ class Run:
             logger.experiment.log_artifact(artifact)
 
 
+def is_first_process() -> bool:
+    """Whether this process writes the run; Lightning sets the rank from the environment."""
+    return getattr(rank_zero_only, "rank", 0) == 0
+
+
 def is_logged_in() -> bool:
     """Whether runs can go to Weights & Biases right away."""
     if os.environ.get("WANDB_MODE", "online") != "online":
@@ -207,7 +212,7 @@ class MetricsCSV(Logger):
         self.file = folder / "metrics.csv"
         self._columns: list[str] = ["step", "epoch"]
         self._rows: list[dict[str, Any]] = []
-        if rank_zero_only.rank == 0:
+        if is_first_process():
             folder.mkdir(parents=True, exist_ok=True)
             self._start(resume_step)
 

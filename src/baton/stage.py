@@ -13,7 +13,6 @@ import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.utilities import rank_zero_only
 
 import baton.backbones
 import baton.data
@@ -243,7 +242,7 @@ class BatonCLI(LightningCLI):
 
     def _checkpoints(self) -> list[Callback]:
         where: dict[str, Any] = {"dirpath": self.run.path / "checkpoints", "enable_version_counter": False}
-        best = {"monitor": self.run.monitor, "mode": self.run.mode, "save_on_train_epoch_end": False}
+        best: dict[str, Any] = {"monitor": self.run.monitor, "mode": self.run.mode, "save_on_train_epoch_end": False}
         saves: list[Callback] = [ModelCheckpoint(filename="best", save_weights_only=False, **best, **where)]
         if self.run.checkpoint_every:
             saves.append(WithinEpoch(filename="last", every_n_train_steps=self.run.checkpoint_every, **where))
@@ -261,7 +260,7 @@ class BatonCLI(LightningCLI):
             with _interruptible():
                 self.trainer.test(model, datamodule=self.datamodule, verbose=False)
             metrics |= {name: value for name, value in model.latest.items() if name.startswith("test/")}
-        if self.trainer.is_global_zero and not self.trainer.fast_dev_run:
+        if self.trainer.is_global_zero and not self.config_init[self.subcommand].trainer.fast_dev_run:
             self._hand_over(model, metrics)
         self.trainer.strategy.barrier()
 
@@ -391,4 +390,3 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", message=".*Total length of `list` across ranks is zero.*")
     warnings.filterwarnings("ignore", message=".*sync_dist=True.*")  # what a task logs is reduced already
     warnings.filterwarnings("ignore", message=".*callbacks used to create the checkpoint.*")
-    rank_zero_only.rank = getattr(rank_zero_only, "rank", 0)

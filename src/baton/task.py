@@ -1,13 +1,10 @@
 """Task: the LightningModule every recipe is. It owns the backbone, the optimiser, the logging and exact resumption."""
 
+import copy
 import dataclasses
 import math
-import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from lightning.pytorch import LightningModule
@@ -19,6 +16,7 @@ from baton import handover
 from baton.backbones import create_backbone
 from baton.data.images import Batch
 from baton.optim import LRScheduler, Optimizer
+from baton.random_state import fixed_randomness, gather_random_state, set_random_state
 
 _COMPILED = ("forward_features", "forward_intermediates")
 
@@ -37,6 +35,10 @@ class Task(LightningModule):
         channels_last: run the backbone in channels-last memory format.
         compile: compile the backbone with `torch.compile`.
     """
+
+    backbone: Any  # a timm model: nn.Module does not know the protocol
+    mean: Tensor
+    std: Tensor
 
     def __init__(
         self,
@@ -70,7 +72,7 @@ class Task(LightningModule):
         self._window: list[tuple[int, dict[str, Tensor]]] = []
         self.latest: dict[str, float] = {}  # last value of every recorded metric
         self._sums: list[tuple[dict[str, Tensor], int]] = []
-        self._random_state: dict[str, Any] | None = None
+        self._random_state: list[dict[str, Any]] | None = None
 
     # What a recipe says
 
@@ -120,7 +122,7 @@ class Task(LightningModule):
         """Return the backbone's pooled features, what its classifier would see, for images in [0, 1]."""
         return self.backbone.forward_head(self.backbone.forward_features(self.normalize(images)), pre_logits=True)
 
-    def freeze(self, *modules: nn.Module) -> None:
+    def freeze_modules(self, *modules: nn.Module) -> None:
         """Freeze modules for good: no gradients, and evaluation mode, so that buffers stay bit-identical."""
         for module in modules:
             module.requires_grad_(False)
@@ -170,7 +172,7 @@ class Task(LightningModule):
     def on_train_start(self) -> None:
         """Continue the random numbers of an interrupted run, or part those of the processes: all began alike."""
         if self._random_state is not None:
-            _set_random_state(self._random_state, self.global_rank)
+            set_random_state(self._random_state, self.global_rank)
             self._random_state = None
         elif self.global_rank > 0:
             torch.manual_seed(torch.initial_seed() + self.global_rank)
@@ -185,7 +187,7 @@ class Task(LightningModule):
         losses = self.losses(batch)
         self._window.append((self.global_step + 1, {name: value.detach() for name, value in losses.items()}))
         self._batches += 1
-        every = self.trainer.log_every_n_steps
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if self.trainer.is_last_batch or (every and self._batches % every == 0):
             self._log_window()
         return losses["loss"]
@@ -230,7 +232,7 @@ class Task(LightningModule):
             "batches": self._batches,
             "window": window,
             "latest": dict(self.latest),
-            "random_state": _gather(_random_state()),
+            "random_state": gather_random_state(),
             **handover.checkpoint_entry(self.backbone, self.parent, self.classes),
         }
 
@@ -278,13 +280,13 @@ class Task(LightningModule):
     def _is_first_process() -> bool:
         from lightning.pytorch.utilities import rank_zero_only
 
-        return rank_zero_only.rank == 0
+        return getattr(rank_zero_only, "rank", 0) == 0
 
     def _make_hyperparameters_plain(self) -> None:
         """Keep plain values only, so that `torch.load(weights_only=True)` always reads a checkpoint."""
         self.hparams.update(optimizer=dataclasses.asdict(self.optimizer))
         self.hparams.update(lr_scheduler=dataclasses.asdict(self.lr_scheduler))
-        self._hparams_initial = type(self.hparams)(self.hparams)
+        self._hparams_initial = copy.copy(self._hparams)
 
     def _log_window(self) -> None:
         rows = self._read_window()
@@ -352,45 +354,3 @@ class Task(LightningModule):
             values.update(self.summarize(self.metrics.compute()))
             self.metrics.reset()
         self.record({f"{stage}/{name}": float(value) for name, value in values.items()})
-
-
-def _random_state() -> dict[str, Any]:
-    kind, keys, *rest = np.random.get_state()
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "python": random.getstate(),
-        "numpy": (kind, keys.tolist(), *rest),
-    }
-
-
-def _gather(state: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the state of every process, in order of their rank."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return [state]
-    states: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(states, state)
-    return states
-
-
-def _set_random_state(states: list[dict[str, Any]], rank: int) -> None:
-    if rank >= len(states):
-        raise ValueError(
-            f"The checkpoint holds the random state of {len(states)} processes, this run has more: resume with as "
-            "many devices, or start a new run with init_from."
-        )
-    state = states[rank]
-    torch.set_rng_state(state["torch"])
-    if state["cuda"]:
-        torch.cuda.set_rng_state_all(state["cuda"])
-    random.setstate(state["python"])
-    kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
-
-
-@contextmanager
-def fixed_randomness(seed: int) -> Iterator[None]:
-    """Draw from `seed` inside, and leave the random state outside untouched."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        yield

@@ -100,7 +100,7 @@ def test_the_handed_over_bytes_are_the_trained_ones(name, run_of):
     assert not torch.equal(fresh.stem.weight, theirs.stem.weight)
 
 
-@pytest.mark.parametrize(("first", "second"), itertools.product(TASKS, TASKS))
+@pytest.mark.parametrize(("first", "second"), list(itertools.product(TASKS, TASKS)))
 def test_every_task_goes_on_from_every_task(first, second, run_of, capsys):
     run = run_of(first)
     needs = [option.format_map(_Runs(run_of)) for option in NEEDS.get(second, [])]

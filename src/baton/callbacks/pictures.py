@@ -8,7 +8,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import WandbLogger
 from torchvision.utils import save_image
 
-from baton.task import Task, fixed_randomness
+from baton.random_state import fixed_randomness
+from baton.task import Task
 
 
 class Pictures(Callback):

@@ -45,12 +45,12 @@ class PredictionWriter(BasePredictionWriter):
         names = getattr(pl_module, "classes", None)  # the run's: the images may have other classes, or none
         if names and "prediction" in table:
             table["class"] = [names[index] for index in table["prediction"]]
-        files = _files(trainer.predict_dataloaders.dataset)
+        files = _files(getattr(trainer.predict_dataloaders, "dataset", None))
         if files is not None:
             table.insert(0, "path", files)
         self.folder.mkdir(parents=True, exist_ok=True)
         table.to_csv(self.folder / "predictions.csv", index_label="index")
-        large = {name: values for name, values in joined.items() if values.ndim > 1}
+        large: dict[str, Any] = {name: values for name, values in joined.items() if values.ndim > 1}
         if large:
             np.savez_compressed(self.folder / "predictions.npz", **large)
 

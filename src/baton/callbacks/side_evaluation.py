@@ -9,7 +9,8 @@ from jaxtyping import Float, Int
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from baton.task import Task, fixed_randomness
+from baton.random_state import fixed_randomness
+from baton.task import Task
 
 
 class SideEvaluation(Callback):

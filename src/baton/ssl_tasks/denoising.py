@@ -1,5 +1,6 @@
 """Denoising autoencoder: corrupt the image, reconstruct it, keep the encoder."""
 
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -11,7 +12,8 @@ from torchmetrics.image import PeakSignalNoiseRatio
 from torchvision.utils import make_grid
 
 from baton.data.images import Batch
-from baton.task import Task, fixed_randomness
+from baton.random_state import fixed_randomness
+from baton.task import Task
 
 Noise = Literal["masking", "salt_and_pepper", "gaussian"]
 
@@ -57,9 +59,11 @@ class Decoder(nn.Module):
         doublings = max(reduction - 1, 0).bit_length()
         widths = [max(width >> level, 16) for level in range(doublings + 1)]
         channels = [in_channels, *widths]
-        self.convs = nn.ModuleList(nn.Conv2d(i, o, 3, padding=1) for i, o in zip(channels, channels[1:], strict=False))
+        self.convs = nn.ModuleList(nn.Conv2d(i, o, 3, padding=1) for i, o in pairwise(channels))
         self.to_image = nn.Conv2d(channels[-1], 3, 3, padding=1)
         for conv in self.convs:
+            assert isinstance(conv, nn.Conv2d)
+            assert conv.bias is not None
             nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
             nn.init.zeros_(conv.bias)
 

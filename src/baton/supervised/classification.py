@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
-from torchmetrics import MetricCollection
+from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from baton.data.images import Batch
@@ -45,7 +45,7 @@ class Classification(Task):
 
     def build(self) -> None:
         """Give the backbone a fresh classifier of the right size."""
-        data = self.trainer.datamodule if self._trainer is not None else None
+        data = getattr(self.trainer, "datamodule", None) if self._trainer is not None else None
         classes = self.num_classes or (data.num_classes if data is not None else 0)
         if classes < 2:
             raise ValueError("Classification needs labelled data of at least two classes, or model.num_classes.")
@@ -58,9 +58,11 @@ class Classification(Task):
         self.classes = list(data.classes) if data is not None and data.num_classes == classes else None
         self.backbone.reset_classifier(classes)
         if self.protocol == "linear_probe":
-            self.freeze(self.backbone)
+            self.freeze_modules(self.backbone)
             self.backbone.get_classifier().requires_grad_(True)
-        top = {"accuracy": MulticlassAccuracy(classes, average="micro", validate_args=False)}
+        top: dict[str, Metric | MetricCollection] = {
+            "accuracy": MulticlassAccuracy(classes, average="micro", validate_args=False)
+        }
         if classes > 5:
             top["accuracy_top5"] = MulticlassAccuracy(classes, average="micro", top_k=5, validate_args=False)
         self.metrics = MetricCollection(top)
