@@ -45,12 +45,9 @@ class Optimizer:
 
         known = timm.optim.list_optimizers()
         if self.name not in known:
-            near = (
-                ", ".join(difflib.get_close_matches(self.name, map(str, known), 3))
-                or "see timm.optim.list_optimizers()"
-            )
+            near = difflib.get_close_matches(self.name, map(str, known), 3) or ["see timm.optim.list_optimizers()"]
             raise ValueError(
-                f"optimizer.name={self.name!r} is not one of timm's optimisers; nearest: {', '.join(near) or 'none'}."
+                f"optimizer.name={self.name!r} is not one of timm's optimisers; nearest: {', '.join(near)}."
             )
         options = dict(self.options)
         if timm.optim.get_optimizer_info(self.name).has_momentum:
