@@ -130,9 +130,10 @@ class Plain(LightningModule):
     def __init__(self) -> None:
         super().__init__()
         self.backbone = timm.create_model("one_layer")
+        self.mean, self.std = torch.zeros(3, 1, 1), torch.ones(3, 1, 1)
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-        return F.cross_entropy(self.backbone(batch[0]), batch[1])
+        return F.cross_entropy(self.backbone((batch[0] - self.mean) / self.std), batch[1])
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.01, momentum=0.9)
@@ -140,10 +141,11 @@ class Plain(LightningModule):
 
 def bare_loop(steps: int) -> float:
     model = timm.create_model("one_layer")
+    mean, std = torch.zeros(3, 1, 1), torch.ones(3, 1, 1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     for images, targets in Repeated(steps):
         optimizer.zero_grad()
-        F.cross_entropy(model(images), targets).backward()
+        F.cross_entropy(model((images - mean) / std), targets).backward()
         optimizer.step()
     return CLOCK[1] - CLOCK[0]
 

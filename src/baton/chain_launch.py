@@ -31,7 +31,7 @@ from typing import Any
 import yaml
 
 #: What a stage imports anyway.
-PRELOAD = ("baton.stage", "baton.cli", "kornia", "wandb", "matplotlib.pyplot")
+PRELOAD = ("baton.warm_start",)
 ENTRY = "baton.cli:main"
 INTERRUPTED = 130
 

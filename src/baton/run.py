@@ -6,6 +6,7 @@ import io
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
@@ -129,18 +130,19 @@ class Run:
                 "resume it unchanged, or start a new run with another --run.name."
             )
 
-    def loggers(self, resume_step: int | None) -> list[Logger]:
+    def loggers(self, resume_step: int | None, config: Mapping[str, Any] | None = None) -> list[Logger]:
         """Return the loggers of a training run: metrics.csv always, Weights & Biases where wanted.
 
         Args:
             resume_step: step of the checkpoint the run continues from; later rows of metrics.csv are dropped.
+            config: the run's whole configuration, recorded when training starts.
         """
-        loggers: list[Logger] = [MetricsCSV(self.path, resume_step)]
+        loggers: list[Logger] = [MetricsCSV(self.path, resume_step, config=config)]
         if self.wandb and os.environ.get("WANDB_MODE") != "disabled":
-            loggers.append(self._wandb_logger())
+            loggers.append(self._wandb_logger(config))
         return loggers
 
-    def _wandb_logger(self) -> WandbLogger:
+    def _wandb_logger(self, config: Mapping[str, Any] | None) -> WandbLogger:
         import secrets
 
         identity = self.path / "wandb_id.txt"
@@ -155,6 +157,7 @@ class Run:
             job_type=self.stage,
             mode="online" if is_logged_in() else "offline",
             resume="allow",
+            config=config,
             settings={"console": "off", "silent": True},
         )
 
@@ -204,11 +207,18 @@ class MetricsCSV(Logger):
         folder: where the file lies.
         resume_step: last step whose rows are kept; `None` starts a new file.
         looked_at: step and epoch of the checkpoint that is looked at; in every row, as Lightning would write 0.
+        config: the run's whole configuration, written to config.yaml when training starts.
     """
 
-    def __init__(self, folder: Path, resume_step: int | None, looked_at: Mapping[str, int] | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        resume_step: int | None,
+        looked_at: Mapping[str, int] | None = None,
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
         super().__init__()
-        self._looked_at = dict(looked_at or {})
+        self._looked_at, self._config = dict(looked_at or {}), config
         self.file = folder / "metrics.csv"
         self._columns: list[str] = ["step", "epoch"]
         self._rows: list[dict[str, Any]] = []
@@ -228,7 +238,10 @@ class MetricsCSV(Logger):
 
     @rank_zero_only
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """Hyper-parameters are in config.yaml."""
+        """Write config.yaml: Lightning calls this when training starts; a resumed run writes its present one."""
+        if self._config is not None:
+            text = yaml.safe_dump(dict(self._config), sort_keys=False)
+            replace_file(self.file.with_name("config.yaml"), text.encode())
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
@@ -276,15 +289,20 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             raise ValueError(f"Cannot write {path}: {error.strerror}; {kept}; free some space and resume.") from error
 
 
-class WithinEpoch(ModelCheckpoint):
-    """Saves between the batches of an epoch, not after its last one.
+class Saver(ModelCheckpoint):
+    """Lightning's checkpoint callback, free in steps that save nothing, and never after the last batch of an epoch.
 
     From there Lightning would resume with the next epoch and skip the validation of this one.
     """
 
+    @cached_property
+    def state_key(self) -> str:  # type: ignore[override]
+        """Name of this callback in a checkpoint; Lightning's own is put together a dozen times a step."""
+        return super().state_key
+
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
         """Save where it is due."""
-        if not trainer.is_last_batch:
+        if self._every_n_train_steps and not trainer.is_last_batch:
             super().on_train_batch_end(trainer, *args)
 
 

@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 
 import torch
 import yaml
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 import baton.backbones
 import baton.data
@@ -24,7 +24,7 @@ from baton.callbacks import OnlineKNN, OnlineLinearProbe, Pictures, ProgressBar 
 from baton.callbacks.predictions import PredictionWriter
 from baton.data.images import ImageData
 from baton.mistakes import check_recipes, explain
-from baton.run import AtomicCheckpointIO, MetricsCSV, Run, WithinEpoch
+from baton.run import AtomicCheckpointIO, MetricsCSV, Run, Saver
 from baton.task import Task
 
 
@@ -83,7 +83,7 @@ def _command_line(kind: "type[BatonCLI]") -> "BatonCLI":
         subclass_mode_model=True,
         subclass_mode_data=True,
         auto_configure_optimizers=False,
-        save_config_callback=RecordConfig,
+        save_config_callback=None,  # metrics.csv's logger writes config.yaml
         seed_everything_default=0,
         trainer_defaults={"num_sanity_val_steps": 0, "max_epochs": 10, "log_every_n_steps": 50},
         parser_class=Parser,
@@ -102,22 +102,6 @@ class Parser(LightningArgumentParser):
         if not self.exit_on_error:  # of one class's arguments: the parser around it reports the whole
             super().error(message, ex)
         raise ValueError(explain(message, self))
-
-
-class RecordConfig(SaveConfigCallback):
-    """Writes the whole configuration into the run directory and to the loggers."""
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write it when training starts; a resumed run writes its present one."""
-        if stage != "fit" or not trainer.is_global_zero:
-            return
-        # What a run is, not how it was started: as a recipe it must neither resume nor take up a checkpoint.
-        config = self.config.clone()
-        config.ckpt_path, config.run.resume = None, False
-        text = self.parser.dump(config, skip_none=False, format="yaml")
-        Path(self.config.run.root, self.config.run.name, "config.yaml").write_text(text)
-        for logger in trainer.loggers:
-            logger.log_hyperparams(yaml.safe_load(text))
 
 
 class BatonCLI(LightningCLI):
@@ -192,8 +176,11 @@ class BatonCLI(LightningCLI):
         if config.trainer.sync_batchnorm and not torch.cuda.is_available():
             raise ValueError("trainer.sync_batchnorm needs CUDA devices, and there are none here: leave it out.")
         if self.subcommand == "fit":
-            plain = yaml.safe_load(self._parser("fit").dump(config, skip_none=False, format="yaml"))
-            lock = self.run.open(plain)
+            self._recorded = yaml.safe_load(self._parser("fit").dump(config, skip_none=False, format="yaml"))
+            # What a run is, not how it was started: as a recipe it must neither resume nor take up a checkpoint.
+            self._recorded["ckpt_path"] = None
+            self._recorded["run"]["resume"] = False
+            lock = self.run.open(self._recorded)
             if lock is not None:
                 self.locks.enter_context(lock)
 
@@ -207,7 +194,7 @@ class BatonCLI(LightningCLI):
                 MetricsCSV(self.run.path, 2**62, self._looked_at) if self.subcommand != "predict" else False
             )
         elif not barebones:
-            kwargs["logger"] = self.run.loggers(self._resume_step if self._resume_from else None)
+            kwargs["logger"] = self.run.loggers(self._resume_step if self._resume_from else None, self._recorded)
         callbacks: list[Callback] = [] if barebones else self._callbacks(given)
         plugins = given.get("plugins") or []
         plugins = list(plugins) if isinstance(plugins, list) else [plugins]
@@ -243,11 +230,11 @@ class BatonCLI(LightningCLI):
     def _checkpoints(self) -> list[Callback]:
         where: dict[str, Any] = {"dirpath": self.run.path / "checkpoints", "enable_version_counter": False}
         best: dict[str, Any] = {"monitor": self.run.monitor, "mode": self.run.mode, "save_on_train_epoch_end": False}
-        saves: list[Callback] = [ModelCheckpoint(filename="best", save_weights_only=False, **best, **where)]
+        saves: list[Callback] = [Saver(filename="best", save_weights_only=False, **best, **where)]
         if self.run.checkpoint_every:
-            saves.append(WithinEpoch(filename="last", every_n_train_steps=self.run.checkpoint_every, **where))
+            saves.append(Saver(filename="last", every_n_train_steps=self.run.checkpoint_every, **where))
         # After every epoch, and last of all, so that it knows what the others did.
-        saves.append(ModelCheckpoint(filename="last", save_on_train_epoch_end=True, every_n_epochs=1, **where))
+        saves.append(Saver(filename="last", save_on_train_epoch_end=True, every_n_epochs=1, **where))
         return saves
 
     def fit(self, model: Task, **kwargs: Any) -> None:
@@ -309,12 +296,11 @@ class BatonCLI(LightningCLI):
         return {name: value for name, value in checkpoint["baton"]["latest"].items() if name != "lr"}
 
     def _hand_over(self, model: Task, metrics: dict[str, float]) -> None:
-        self._dump_config()
         sha256 = handover.write_model(
             self.run.model,
             model.backbone,
             backbone_kwargs=model.hparams["backbone_kwargs"],
-            config=self.config_dump,
+            config=self._recorded,
             metrics=metrics,
             parent=model.parent,
             classes=model.classes,
