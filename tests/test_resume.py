@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from baton import cli, run, stage  # noqa: F401 (imported before the fork, so that children start at once)
+from baton import cli, run
 from baton.task import Task
 
 TASKS = {
@@ -34,19 +34,21 @@ def command(task: str, root: Path, *more: str) -> list[str]:
 
 
 def in_child(argv: list[str], kill_at: tuple[str, int] | None = None) -> int:
-    """Run the command in a forked process, which kills itself before the n-th call of a function."""
-
-    def body() -> None:
-        torch.set_num_threads(1)
-        if kill_at is not None:
-            _kill_before(*kill_at)
-        os._exit(cli.main(argv))
-
-    child = multiprocessing.get_context("fork").Process(target=body)
+    """Run the command in a process of its own, which kills itself before the n-th call of a function."""
+    context = multiprocessing.get_context("forkserver")  # warm, and without the threads that other tests leave behind
+    context.set_forkserver_preload(["baton.stage"])
+    child = context.Process(target=_body, args=(argv, kill_at))
     child.start()
     child.join()
     assert child.exitcode is not None
     return child.exitcode
+
+
+def _body(argv: list[str], kill_at: tuple[str, int] | None) -> None:
+    torch.set_num_threads(1)
+    if kill_at is not None:
+        _kill_before(*kill_at)
+    os._exit(cli.main(argv))
 
 
 def _kill_before(name: str, count: int) -> None:
