@@ -348,3 +348,9 @@ def test_a_kill_between_the_last_batch_and_the_end_of_validation(moment, tmp_pat
     assert in_child(broken, moment) == -signal.SIGKILL
     assert in_child(broken) == 0
     assert outcome(tmp_path / "broken") == outcome(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("name", ["../elsewhere", "a/../../b", "/tmp/x"])
+def test_a_name_stays_below_the_root(name):
+    with pytest.raises(ValueError, match=r"run\.name is a folder below run\.root"):
+        Run(name=name).choose_name([])

@@ -339,3 +339,8 @@ def test_epochs_and_learning_rate_are_logged_from_one(tmp_path):
     assert seen == [0, 1]
     assert [row["epoch"] for _, row in rows.rows] == [1, 1, 1, 2, 2, 2]
     assert [step for step, _ in rows.rows] == [1, 2, 2, 3, 4, 4]
+
+
+def test_a_backbone_for_grey_images_is_refused():
+    with pytest.raises(ValueError, match="always RGB"):
+        Denoising(backbone="resnet18", backbone_kwargs={"in_chans": 1})

@@ -70,7 +70,9 @@ class Run:
         return self.path / "checkpoints" / f"{which}.ckpt"
 
     def choose_name(self, parts: list[str]) -> None:
-        """Name an unnamed run after its parts, with the first number that is free."""
+        """Name an unnamed run after its parts, with the first number that is free; refuse one outside `root`."""
+        if self.name is not None and (Path(self.name).is_absolute() or ".." in Path(self.name).parts):
+            raise ValueError(f"run.name is a folder below run.root, got {self.name!r}: use --run.root for the rest.")
         if self.name is None and not is_first_process():
             # Processes that Lightning starts for further devices must find the same folder.
             self.name = os.environ.get("BATON_RUN_NAME")

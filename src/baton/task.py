@@ -261,6 +261,8 @@ class Task(LightningModule):
     def _create_backbone(
         self, name: str | None, kwargs: dict[str, Any] | None, init_from: str | None, tolerate: list[str]
     ) -> nn.Module:
+        if (kwargs or {}).get("in_chans", 3) != 3:
+            raise ValueError("Images are always RGB (grey ones are repeated): leave in_chans out of backbone_kwargs.")
         if init_from is None:
             if name is None:
                 raise ValueError("model.backbone is missing: name a backbone (`baton list backbones`) or init_from.")
