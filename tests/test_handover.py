@@ -455,7 +455,7 @@ def test_a_task_builds_and_records_the_restated_rate(tmp_path):
     assert source.record["parent"] == first.lineage()
     assert source.record["format"] == model_folder.FORMAT
     assert list(source.pretrained_cfg["mean"]) == list(task.backbone.pretrained_cfg["mean"])
-    assert "no in_chans" in sentence(Task, init_from=str(tmp_path / "first"), backbone_kwargs={"in_chans": 1})
+    assert "no stem_width" in sentence(Task, init_from=str(tmp_path / "first"), backbone_kwargs={"stem_width": 7})
 
 
 # ------------------------------------------------------------------------------------------------------- provenance
