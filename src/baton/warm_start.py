@@ -7,6 +7,6 @@ cached), and computes nothing: a process that has run a parallel region cannot b
 import matplotlib.pyplot  # noqa: F401
 import wandb.sdk.launch  # noqa: F401 (two seconds that every run would pay when it starts)
 
-from baton import cli
+from baton.stage import check
 
-cli.check(["fit", "--model=Classification", "--model.backbone=wrn_16_1", "--data=Shapes"])
+check(["fit", "--model=Classification", "--model.backbone=wrn_16_1", "--data=Shapes"])
