@@ -18,6 +18,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from baton.task import is_first_process
+
 
 @dataclass
 class Run:
@@ -183,11 +185,6 @@ class Run:
             artifact = wandb.Artifact(f"backbone-{sha256[:16]}", type="model", metadata={"run": self.name})
             artifact.add_dir(str(self.model))
             logger.experiment.log_artifact(artifact)
-
-
-def is_first_process() -> bool:
-    """Whether this process writes the run; Lightning sets the rank from the environment."""
-    return getattr(rank_zero_only, "rank", 0) == 0
 
 
 def is_logged_in() -> bool:

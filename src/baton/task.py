@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
@@ -272,17 +273,11 @@ class Task(LightningModule):
         kwargs = handover.check_restated(source, name, kwargs)
         backbone = handover.build_backbone(source, num_classes=0, overrides=kwargs)
         report = handover.load_weights(backbone, source, classifier=False, tolerate=tolerate)
-        if self._is_first_process():
+        if is_first_process():
             print(f"{init_from}: {source.architecture}, {report}", flush=True)
         self.parent = source.lineage()
         self.hparams.update(backbone=source.architecture, backbone_kwargs=kwargs)
         return backbone
-
-    @staticmethod
-    def _is_first_process() -> bool:
-        from lightning.pytorch.utilities import rank_zero_only
-
-        return getattr(rank_zero_only, "rank", 0) == 0
 
     def _make_hyperparameters_plain(self) -> None:
         """Keep plain values only, so that `torch.load(weights_only=True)` always reads a checkpoint."""
@@ -356,3 +351,8 @@ class Task(LightningModule):
             values.update(self.summarize(self.metrics.compute()))
             self.metrics.reset()
         self.record({f"{stage}/{name}": float(value) for name, value in values.items()})
+
+
+def is_first_process() -> bool:
+    """Whether this process writes and prints; Lightning sets the rank from the environment."""
+    return getattr(rank_zero_only, "rank", 0) == 0
