@@ -92,6 +92,10 @@ class Task(LightningModule):
     def build(self) -> None:
         """Create what depends on the data (`self.trainer.datamodule` is there), such as a classifier."""
 
+    def networks(self) -> list[nn.Module]:
+        """Return the networks that `channels_last` and `compile` are meant for."""
+        return [self.backbone]
+
     def predict(self, batch: Batch) -> dict[str, Tensor]:
         """Return predictions of a batch, each (B, ...)."""
         raise ValueError(f"{type(self).__name__} makes no predictions; `baton predict` needs a task that does.")
@@ -140,12 +144,13 @@ class Task(LightningModule):
         # DDP resets the seed before this, one process does not: the draws in here must not depend on it.
         with fixed_randomness(torch.initial_seed() + 1):
             self.build()
-        if self.channels_last:
-            self.backbone.to(memory_format=torch.channels_last)
-        if self.compile_backbone:
-            for name in _COMPILED:
-                if hasattr(self.backbone, name):
-                    setattr(self.backbone, name, torch.compile(getattr(self.backbone, name)))
+        for network in self.networks():
+            if self.channels_last:
+                network.to(memory_format=torch.channels_last)
+            if self.compile_backbone:
+                for name in _COMPILED:
+                    if hasattr(network, name):
+                        setattr(network, name, torch.compile(getattr(network, name)))
 
     def configure_optimizers(self) -> Any:
         """Build the optimiser and the schedule from their descriptions."""

@@ -13,7 +13,12 @@ import timm
 from timm.models import is_model, model_entrypoint, split_model_name_tag
 from torch import nn
 
-from baton.backbones import wide_resnet, wide_resnet_imagenet  # noqa: F401  (importing registers)
+from baton.backbones import (  # noqa: F401  (importing registers)
+    autoresolution_image,
+    autoresolution_patch,
+    wide_resnet,
+    wide_resnet_imagenet,
+)
 
 __all__ = ["create_backbone", "list_backbones"]
 

@@ -1,3 +1,4 @@
 """Self-supervised pretext tasks: one method a file."""
 
+from baton.ssl_tasks.autoresolution import Autoresolution as Autoresolution
 from baton.ssl_tasks.denoising import Denoising as Denoising
