@@ -71,9 +71,8 @@ class Tower(nn.Module):
         Args:
             coarse: one layer for a whole stage instead of one for each of its modules.
         """
-        first, *rest = self.stage_names
-        names = "|".join(rest)
-        return {"stem": rf"^{first}\.", "blocks": rf"^(?:{names})\." if coarse else rf"^((?:{names})\.\d+)\."}
+        module = r"\." if coarse else r"\.(\d+)"
+        return {name: rf"^{name}{module}" for name in self.stage_names}
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:

@@ -222,7 +222,7 @@ class Autoresolution(Task):
         field = self.tiling.receptive_field
         reach = torch.tensor([1 - field / width, 1 - field / height], device=centres.device).clamp_min(1e-6)
         distance = (centres.abs() / reach.view(1, 2, 1, 1)).amax(1)
-        zone = (distance * len(ZONES)).long().clamp_max(len(ZONES) - 1)
+        zone = (distance * len(ZONES) + 1e-4).long().clamp_max(len(ZONES) - 1)  # a third is a third, rounding or not
         for index, label in enumerate(ZONES):
             self.metrics[f"{name}_{label}"].update(values, (zone == index).to(values.dtype))
 
