@@ -21,7 +21,13 @@ pytestmark = pytest.mark.slow
 TASKS = {
     "Classification": [],
     "Denoising": ["--model.noise=gaussian", "--model.amount=0"],
-}
+    # the super patch is the image, so that no place is drawn; see below for negatives
+    "Autoresolution": [
+        "--model.objective=regression", "--model.super_patch=32", "--model.low_resolution_factor=1",
+        "--model.norm=false", "--model.patch_backbone=autoresolution_patch_rf9",
+        "--model.patch_backbone_kwargs={norm: false, width: 0.2}", "--model.head_width=8",
+    ],
+}  # fmt: skip
 NORM_FREE = ["--model.backbone=test_vit", "--model.backbone_kwargs={img_size: 32}"]
 TWO = ["--trainer.devices=2", "--trainer.strategy=ddp"]
 UNUSED = ["--trainer.devices=2", "--trainer.strategy=ddp_find_unused_parameters_true"]
@@ -154,6 +160,37 @@ def test_two_processes_leave_one_record(task, pair):
     assert sorted(path.name for path in two.parent.iterdir()) == ["one", "two"]
     assert printed.count("handed over") == 1
     assert {path.name for path in (two / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+
+
+def test_negatives_are_rolled_within_each_process(tmp_path):
+    """One process that rolls within the halves two processes would have, sample by sample, gives the same weights."""
+    from lightning import seed_everything
+
+    from baton.data import Shapes
+    from baton.optim import Optimizer
+    from baton.ssl_tasks import Autoresolution
+
+    options = [option for option in TASKS["Autoresolution"] if "objective" not in option]
+    run(argv(tmp_path, "--data.batch_size=4", *TWO, *NORM_FREE, *options, task="Autoresolution"))
+    seed_everything(0, verbose=False)
+    task = Autoresolution(
+        backbone="test_vit", backbone_kwargs={"img_size": 32}, super_patch=32, low_resolution_factor=1, norm=False,
+        patch_backbone="autoresolution_patch_rf9", patch_backbone_kwargs={"norm": False, "width": 0.2}, head_width=8,
+        optimizer=Optimizer("momentum", lr=0.02),
+    )  # fmt: skip
+    data = Shapes(size=32, length=32, val_length=21, batch_size=8, crop_padding=0, flip=False)
+    data.setup()
+    optimizer, loader = task.configure_optimizers(), data.train_dataloader()
+    for epoch in range(2):
+        loader.sampler.set_epoch(epoch)
+        for images, targets in loader:
+            halves = [(data.to_float(images[rank::2]), targets[rank::2]) for rank in range(2)]
+            (sum(task.losses(half)["loss"] for half in halves) / 2).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    handed = load_file(tmp_path / "r/model/model.safetensors")
+    for name, value in task.backbone.state_dict().items():
+        assert (handed[name] - value).abs().max() < 1e-5, name
 
 
 def test_an_unnamed_run_has_one_folder(tmp_path):

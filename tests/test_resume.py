@@ -15,7 +15,11 @@ from baton.task import Task
 TASKS = {
     "denoising": ["--model", "Denoising", "--model.noise=gaussian"],
     "classification": ["--model", "Classification", "--model.head_drop_rate=0.5", "--model.head_only_steps=3"],
-}
+    "autoresolution": [
+        "--model", "Autoresolution", "--model.super_patch=12", "--model.low_resolution_factor=2",
+        "--model.patch_backbone=autoresolution_patch_rf9", "--model.patch_backbone_kwargs={width: 0.1}",
+    ],
+}  # fmt: skip
 
 
 def command(task: str, root: Path, *more: str) -> list[str]:

@@ -25,7 +25,9 @@ GREEN, RED = (50 / 255, 205 / 255, 50 / 255), (1.0, 0.0, 0.0)
 
 def test_heat_maps_frame_the_most_right_and_the_most_wrong_cell(monkeypatch):
     frames = []
-    monkeypatch.setattr(pictures, "_frame", lambda axis, left, top, size, colour: frames.append((left, top, size, colour)))
+    monkeypatch.setattr(
+        pictures, "_frame", lambda axis, left, top, size, colour: frames.append((left, top, size, colour))
+    )
     own, other = torch.full((2, 5, 5), 0.5), torch.full((2, 5, 5), 0.5)
     other[0, 1, 3], other[0, 4, 2] = 0.1, 0.9
     pictures.draw_heat_maps(views(), own, other)
