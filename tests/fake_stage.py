@@ -1,7 +1,8 @@
 """A stage without training, for the tests of chains: counts steps, writes what a real one would write.
 
 Every stage appends a line to ``<root>/calls.txt``. Options: ``--steps N``, ``--pause SECONDS`` a step,
-``--fail CODE`` (after the first step), ``--error VALUE`` for the metric (plus the seed).
+``--fail CODE`` (after the first step), ``--error VALUE`` for the metric (plus the seed), ``--val VALUE`` for val/error,
+which falls to it step by step in metrics.csv.
 """
 
 import hashlib
@@ -16,7 +17,7 @@ if sys.argv[0] == "-c":  # the fork server: spare it torch, as the `baton` comma
     sys.argv[0] = "baton"
 
 KNOWN = {"config", "seed_everything", "model.init_from", "model.init_args.teacher", "trainer.devices",
-         "trainer.accelerator", "steps", "pause", "fail", "error", "spawn", "wait_file", "report"}  # fmt: skip
+         "trainer.accelerator", "steps", "pause", "fail", "error", "val", "spawn", "wait_file", "report"}  # fmt: skip
 
 
 def main(argv: list[str]) -> int:
@@ -75,6 +76,10 @@ def _hand_over(folder: Path, state: dict, options: dict[str, str]) -> int:
     seed = int(options["seed_everything"])
     value = float(options.get("error", "0.5")) + 0.01 * seed**2
     record = {"sha256": state["digest"], "metrics": {"test/error": value, "test/loss": 2 * value}}
+    if "val" in options:
+        record["metrics"]["val/error"] = float(options["val"])
+        lines = [f"{step},{float(options['val']) * state['step'] / step}" for step in range(1, state["step"] + 1)]
+        (folder / "metrics.csv").write_text("\n".join(["step,val/error", *lines, ""]))
     if "report" in options:
         record["report"] = _report()
     model = folder / "model"

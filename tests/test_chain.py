@@ -1,5 +1,6 @@
 """Chains of stages that train nothing (``fake_stage``): order, skipping, kills, Ctrl-C, failures, the table."""
 
+import csv
 import json
 import os
 import shlex
@@ -281,6 +282,59 @@ def test_a_metric_nobody_logs_is_named_and_the_runs_are_kept(here, capsys):
     assert calls() == ORDER[:3]
 
 
+CANDIDATES = """
+name: demo
+seeds: [0, 1]
+stages:
+  fast: {recipe: r.yaml, set: {error: 0.2, val: 0.5}}
+  slow: {recipe: r.yaml, set: {error: 0.3, val: 0.4}}
+  scratch: {recipe: r.yaml, set: {error: 0.6, val: 0.7}}
+table:
+  metric: test/error
+  select: val/error
+  scale: 100
+  rows: {scratch: scratch, fine-tuned: [fast, slow]}
+  curves: val/error
+"""
+
+
+def test_the_candidate_with_the_best_validation_is_shown_once_all_have_finished(here, capsys):
+    Path("chain.yaml").write_text(CANDIDATES)
+    assert run_chain("chain.yaml", seeds=[0], **FAKE) == 0
+    assert "| fine-tuned | – | 2 of 4 runs |" in Path("runs/demo/table.md").read_text()
+    assert "chosen" not in capsys.readouterr().out
+    assert run_chain("chain.yaml", **FAKE) == 0
+    note = "fine-tuned: slow, chosen of 2 by val/error (50.00, 40.00)"
+    shown = capsys.readouterr().out
+    assert note in shown.splitlines()
+    assert "[2/6] slow, seed 0: finished, skipped, test/error 30.00" in shown
+    assert "table.png, curves.csv, curves.png and results.csv" in shown
+    text = Path("runs/demo/table.md").read_text()
+    assert "| fine-tuned | 30.50 ± 0.71 | 2 |" in text
+    assert text.endswith(f"\n\n{note}\n")
+    for name in ("results", "curves"):
+        with Path(f"runs/demo/{name}.csv").open() as file:
+            stages = {(row["row"], row["stage"], row["seed"]) for row in csv.DictReader(file)}
+        assert stages == {(*row, seed) for row in (("scratch",) * 2, ("fine-tuned", "slow")) for seed in ("0", "1")}
+    assert Path("runs/demo/curves.png").stat().st_size > 0
+
+
+def test_a_choice_by_a_metric_nobody_logs_is_named_and_the_runs_are_kept(here, capsys):
+    Path("chain.yaml").write_text(CANDIDATES.replace("select: val/error", "select: val/eror"))
+    assert run_chain("chain.yaml", **FAKE) == 2
+    sentence = (
+        "fine-tuned: nothing is chosen, for fast with seed 0 has no metric 'val/eror'; it has test/error, test/loss"
+    )
+    assert sentence in capsys.readouterr().out
+    text = Path("runs/demo/table.md").read_text()
+    assert sentence in text
+    assert "| fine-tuned | – | 4 of 4 runs |" in text
+    assert "| scratch | 60.50 ± 0.71 | 2 |" in text
+    Path("chain.yaml").write_text(CANDIDATES)
+    assert run_chain("chain.yaml", **FAKE) == 0
+    assert len(calls()) == 6
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("cluster", ["debug", "local"])
 def test_submitit_runs_the_same_chain(here, cluster, capsys):
@@ -291,7 +345,7 @@ def test_submitit_runs_the_same_chain(here, cluster, capsys):
     record = json.loads(Path("runs/demo/finetune/seed_0.json").read_text())
     parent = json.loads(Path("runs/demo/pretrain/seed_0/model/config.json").read_text())
     assert record["parents"]["init_from"]["sha256"] == parent["baton"]["sha256"]
-    assert "fine-tuned" in capsys.readouterr().out
+    assert "1 of 3 seeds" in capsys.readouterr().out  # the table knows the runs that were not asked for
     assert run_chain("chain.yaml", seeds=[0], only="finetune", **FAKE) == 0  # local and Slurm continue each other
     assert calls() == ORDER[:2]
 

@@ -2,6 +2,8 @@ import csv
 import math
 import statistics
 import struct
+import sys
+import types
 
 import pytest
 from rich.console import Console
@@ -12,6 +14,7 @@ from baton.chain_table import (
     collect,
     commit,
     draw,
+    log_to_wandb,
     machine,
     markdown,
     print_table,
@@ -69,6 +72,24 @@ def test_markdown():
     assert "| a\\|b | – | 0 of 3 seeds |" in markdown("x", piped, collect(piped, runs()), "")
 
 
+def test_a_row_without_a_choice_says_how_many_runs_are_done(tmp_path):
+    table = Table(("test/error",), {"best": ("scratch", "tuned"), "scratch": "scratch"}, "%", 100.0)
+    results = collect(table, runs())
+    text = markdown("demo", table, results, "P.", ["A note.", "Another."])
+    assert text.splitlines()[-6:] == [
+        "| best | – | 4 of 6 runs |",
+        "| scratch | 48.96 ± 4.77 | 3 |",
+        "",
+        "A note.",
+        "",
+        "Another.",
+    ]
+    write_table("demo", table, results, "P.", tmp_path, ["A note."])
+    assert (tmp_path / "table.md").read_text().endswith("| 3 |\n\nA note.\n")
+    assert "best" not in (tmp_path / "results.csv").read_text()
+    assert (tmp_path / "table.csv").read_text().splitlines()[1] == "best,test/error,%,,,0,3"
+
+
 def test_written_files_hold_the_numbers(tmp_path):
     results = collect(TABLE, runs())
     write_table("demo", TABLE, results, "P.", tmp_path)
@@ -101,6 +122,34 @@ def test_plot_is_a_picture_of_sensible_size_with_ink(tmp_path):
 
     shades = Image.open(tmp_path / "table.png").convert("L").getextrema()
     assert shades == (0, 255)
+
+
+@pytest.mark.parametrize("curves", [(), ("val/error",)])
+def test_the_pictures_go_to_wandb(tmp_path, monkeypatch, curves):
+    """The curves only where the table asks for them: a picture of an earlier table may lie there."""
+    logged = {}
+
+    class FakeRun:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *args):
+            pass
+
+        log = staticmethod(logged.update)
+
+    fake = types.ModuleType("wandb")
+    fake.__dict__.update(login=lambda prompt: True, init=lambda **_: FakeRun(), Table=dict, Image=str)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setenv("WANDB_API_KEY", "none")
+    for picture in ("table.png", "curves.png"):
+        (tmp_path / picture).touch()
+    table = Table(("test/error",), {"scratch": "scratch"}, curves=curves)
+    log_to_wandb("demo", table, collect(table, runs()), tmp_path)
+    assert logged.pop("table")["data"] == [["scratch", "0.49 ± 0.05", "3"]]
+    both = {"plot": str(tmp_path / "table.png"), "curves": str(tmp_path / "curves.png")}
+    assert logged == (both if curves else {"plot": both["plot"]})
 
 
 def test_printed_table_holds_every_row():

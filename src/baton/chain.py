@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 from rich.console import Console
 
-from baton import chain_launch, chain_slurm, chain_table
+from baton import chain_choice, chain_curves, chain_launch, chain_slurm, chain_table
 from baton.chain_file import Chain, read_chain
 from baton.chain_plan import Run, plan, select
 
@@ -137,24 +137,30 @@ def _seeds(text: str | None) -> list[int] | None:
 
 
 def finish_table(chain: Chain, runs: Sequence[Run], console: Console | None = None) -> bool:
-    """Write the table of the finished runs, and print and log it if there is a console.
+    """Write the table and the curves of the finished runs, and print and log them if there is a console.
 
     Returns:
         Whether a finished run lacks a metric the table asks for.
     """
-    table = chain.table
-    assert table is not None
+    assert chain.table is not None
     by_stage = {name: [(r.seed, r.metrics()) for r in runs if r.stage.name == name] for name in chain.stages}
+    choice = chain_choice.choose(chain.table, by_stage)
+    table = choice.table
     results = chain_table.collect(table, by_stage)
-    done = [run for run in runs if run.finished and run.stage.name in table.rows.values()]
+    done = [run for run in runs if run.finished and run.stage.name in chain.table.stages]
     provenance = chain_table.provenance_line(sorted({run.seed for run in done}), [run.recorded() or {} for run in done])
     folder = runs[0].root / chain.name
-    chain_table.write_table(chain.name, table, results, provenance, folder)
+    chain_table.write_table(chain.name, table, results, provenance, folder, choice.notes)
+    if table.curves:
+        folders = {name: [(run.seed, run.folder) for run in done if run.stage.name == name] for name in table.stages}
+        chain_curves.write_curves(chain.name, table, folders, folder)
     if console is None:
         return False
     console.print()
     chain_table.print_table(table, results, console)
-    console.print(f"\n{provenance}\nWritten to {folder}/table.md, table.csv, table.png and results.csv.", markup=False)
+    files = ["table.md", "table.csv", "table.png", *(["curves.csv", "curves.png"] if table.curves else [])]
+    written = f"Written to {folder}/{', '.join(files)} and results.csv."
+    console.print("\n" + "\n".join([*choice.notes, provenance, written]), markup=False)
     chain_table.log_to_wandb(chain.name, table, results, folder)
     missing = [(run, name) for run in done for name in table.metrics if name not in (run.metrics() or {})]
     for run, name in missing[:1]:
@@ -162,7 +168,7 @@ def finish_table(chain: Chain, runs: Sequence[Run], console: Console | None = No
         console.print(
             f"{run.name} has no metric {name!r}; it has {has}: correct table.metric and call again.", markup=False
         )
-    return bool(missing)
+    return bool(missing) or choice.lacks_metric
 
 
 def _run_all(
@@ -312,7 +318,7 @@ def _submit(
         return 0
     code = max(submitted[run.name].result() for run in todo)
     if code == 0 and chain.table is not None:
-        finish_table(chain, runs, console)
+        finish_table(chain, plan(chain, root), console)
     return code
 
 

@@ -22,6 +22,19 @@ A chain file is YAML::
 
 A stage with one seed of its own (``seeds: [0]``) runs once and serves every seed of the stages after it;
 ``teacher: stage`` hands a stage's network to ``--model.init_args.teacher``.
+
+A row may list candidates, say one recipe with several learning rates, and the table may draw curves::
+
+    table:
+      metric: test/error
+      select: val/error                 # or {metric: val/accuracy, mode: max}; the mode is min unless it is given
+      rows: {from scratch: scratch, fine-tuned: [lr_0_01, lr_0_003]}
+      curves: val/error                 # or a list
+
+The row shows the candidate with the best mean of the ``select`` metric over its seeds (of equal ones the first), and a
+line under the table says which one that is; the table's own metric takes no part (:mod:`baton.chain_choice`). As long
+as a run of a candidate is missing, nothing is chosen. Candidates have the same seeds. ``curves`` draws each metric
+over the training steps, one line a row, into ``curves.png`` (:mod:`baton.chain_curves`).
 """
 
 import difflib
@@ -59,22 +72,44 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class Select:
+    """What decides among the candidates of a row.
+
+    Attributes:
+        metric: name as the tasks log it, such as ``val/error``.
+        mode: whether the best is the "min" or the "max".
+    """
+
+    metric: str
+    mode: str = "min"
+
+
+@dataclass(frozen=True)
 class Table:
     """What the results table shows.
 
     Attributes:
         metrics: names as the tasks log them, such as ``test/error``.
-        rows: label -> stage, in the order of the table.
+        rows: label -> stage, or the candidates for it, in the order of the table.
         unit: written behind the metric's name.
         scale: factor from the logged value to the shown one.
         digits: decimals shown.
+        select: what decides among candidates; None: there are none.
+        curves: metrics drawn over the training steps.
     """
 
     metrics: tuple[str, ...]
-    rows: dict[str, str]
+    rows: dict[str, str | tuple[str, ...]]
     unit: str = ""
     scale: float = 1.0
     digits: int = 2
+    select: Select | None = None
+    curves: tuple[str, ...] = ()
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Every stage that a row shows or may show."""
+        return tuple(stage for row in self.rows.values() for stage in ((row,) if isinstance(row, str) else row))
 
 
 @dataclass(frozen=True)
@@ -232,26 +267,75 @@ def _link(
 def _table(entry: Any, where: str, stages: dict[str, Stage]) -> Table:
     if not isinstance(entry, dict):
         raise ValueError(f"{where} must be a mapping with at least 'metric: test/error', not {_kind(entry)}.")
-    _known(entry, ("metric", "unit", "scale", "digits", "rows"), where)
-    metric = entry.get("metric")
-    metrics = [metric] if isinstance(metric, str) else metric
-    if not isinstance(metrics, list) or not metrics or not all(isinstance(name, str) for name in metrics):
-        raise ValueError(f"{where}.metric must be a metric's name such as test/error, or a list, not {_kind(metric)}.")
-    rows = entry.get("rows", {name: name for name in stages})
-    if not isinstance(rows, dict) or not rows:
-        raise ValueError(f"{where}.rows must map labels to stages ('from scratch: scratch'), not be {_kind(rows)}.")
-    for label, stage in rows.items():
-        if stage not in stages:
-            raise ValueError(
-                f"{where}.rows: {label!r} names the stage {stage!r}, which does not exist{_nearest(stage, stages)}."
-            )
+    _known(entry, ("metric", "unit", "scale", "digits", "select", "rows", "curves"), where)
+    metrics = _metrics(entry.get("metric"), f"{where}.metric", "test/error")
+    curves = _metrics(entry["curves"], f"{where}.curves", "val/error") if entry.get("curves") is not None else ()
+    select = _select(entry["select"], f"{where}.select") if entry.get("select") is not None else None
+    rows = _rows(entry.get("rows", {name: name for name in stages}), f"{where}.rows", stages)
+    lists = [label for label, row in rows.items() if isinstance(row, tuple)]
+    if lists and select is None:
+        raise ValueError(
+            f"{where}.rows: {lists[0]!r} lists stages to choose from, but no select says how; add 'select: val/error'."
+        )
+    if select is not None and not lists:
+        raise ValueError(
+            f"{where}.select is given, but no row lists stages to choose from; leave it out, or list some "
+            "('label: [stage, other_stage]')."
+        )
     scale, digits = entry.get("scale", 1.0), entry.get("digits", 2)
     if isinstance(scale, bool) or not isinstance(scale, int | float) or scale == 0:
         raise ValueError(f"{where}.scale must be a number other than 0, not {scale!r}.")
     if isinstance(digits, bool) or not isinstance(digits, int) or not 0 <= digits <= 10:
         raise ValueError(f"{where}.digits must be a whole number from 0 to 10, not {digits!r}.")
-    labels = {str(label): stage for label, stage in rows.items()}
-    return Table(tuple(metrics), labels, str(entry.get("unit", "")), float(scale), digits)
+    return Table(metrics, rows, str(entry.get("unit", "")), float(scale), digits, select, curves)
+
+
+def _metrics(entry: Any, where: str, example: str) -> tuple[str, ...]:
+    metrics = [entry] if isinstance(entry, str) else entry
+    if not isinstance(metrics, list) or not metrics or not all(isinstance(name, str) for name in metrics):
+        raise ValueError(f"{where} must be a metric's name such as {example}, or a list, not {_kind(entry)}.")
+    return tuple(metrics)
+
+
+def _select(entry: Any, where: str) -> Select:
+    given = {"metric": entry} if isinstance(entry, str) else entry
+    if not isinstance(given, dict):
+        raise ValueError(
+            f"{where} must be a metric's name such as val/error, or {{metric: val/accuracy, mode: max}}, "
+            f"not {_kind(entry)}."
+        )
+    _known(given, ("metric", "mode"), where)
+    metric, mode = given.get("metric"), given.get("mode", "min")
+    if not isinstance(metric, str):
+        raise ValueError(f"{where}.metric must be a metric's name such as val/error, not {_kind(metric)}.")
+    if mode not in ("min", "max"):
+        raise ValueError(f"{where}.mode must be min or max, not {_kind(mode)}.")
+    return Select(metric, mode)
+
+
+def _rows(entry: Any, where: str, stages: dict[str, Stage]) -> dict[str, str | tuple[str, ...]]:
+    if not isinstance(entry, dict) or not entry:
+        raise ValueError(f"{where} must map labels to stages ('from scratch: scratch'), not be {_kind(entry)}.")
+    rows: dict[str, str | tuple[str, ...]] = {}
+    for label, row in entry.items():
+        names = row if isinstance(row, list) else [row]
+        if not names:
+            raise ValueError(f"{where}: {label!r} lists no stage to choose from; name one or more.")
+        for name in names:
+            if not isinstance(name, str) or name not in stages:
+                raise ValueError(
+                    f"{where}: {label!r} names the stage {name!r}, which does not exist{_nearest(name, stages)}."
+                )
+            if names.count(name) > 1:
+                raise ValueError(f"{where}: {label!r} names the stage {name!r} twice; list each candidate once.")
+            first, own = stages[names[0]].seeds, stages[name].seeds
+            if sorted(own) != sorted(first):
+                raise ValueError(
+                    f"{where}: the candidates of {label!r} must have the same seeds, but {names[0]!r} has "
+                    f"{_words(first)} and {name!r} has {_words(own)}; give them the same."
+                )
+        rows[str(label)] = tuple(names) if isinstance(row, list) else row
+    return rows
 
 
 def _options(entry: Any, where: str) -> dict[str, Any]:

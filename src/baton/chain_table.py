@@ -27,10 +27,12 @@ class Cell:
     Attributes:
         values: seed -> the metric, already scaled.
         expected: how many seeds there will be.
+        waiting: shown instead of n while nothing is chosen among candidates, such as ``5 of 9 runs``.
     """
 
     values: dict[int, float]
     expected: int
+    waiting: str = ""
 
     @property
     def n(self) -> int:
@@ -59,6 +61,8 @@ class Cell:
 
     def seeds_text(self) -> str:
         """``3``, or ``2 of 3 seeds`` while some are missing."""
+        if self.waiting:
+            return self.waiting
         return str(self.n) if self.n == self.expected else f"{self.n} of {self.expected} seeds"
 
 
@@ -67,18 +71,23 @@ Results = dict[str, dict[str, Cell]]
 
 
 def collect(table: Table, runs: Mapping[str, Sequence[tuple[int, Mapping[str, float] | None]]]) -> Results:
-    """Arrange the metrics of all runs as the table wants them.
+    """Arrange the metrics of all runs as the table wants them; a row that still has candidates stays empty.
 
     Args:
-        table: what to show.
+        table: what to show, with the candidates chosen (:func:`baton.chain_choice.choose`).
         runs: stage -> (seed, its metrics or None if it has not finished).
     """
     results: Results = {}
     for label, stage in table.rows.items():
+        if not isinstance(stage, str):
+            done = [metrics is not None for candidate in stage for _, metrics in runs[candidate]]
+            empty = Cell({}, len(runs[stage[0]]), f"{sum(done)} of {len(done)} runs")
+            results[label] = dict.fromkeys(table.metrics, empty)
+            continue
         results[label] = {}
         for metric in table.metrics:
             values = {
-                seed: table.scale * _number(metrics[metric])
+                seed: table.scale * number(metrics[metric])
                 for seed, metrics in runs[stage]
                 if metrics is not None and metric in metrics
             }
@@ -101,15 +110,23 @@ def rows_of(table: Table, results: Results) -> tuple[list[str], list[list[str]]]
     return header, lines
 
 
-def markdown(name: str, table: Table, results: Results, provenance: str) -> str:
-    """The table as Markdown, under a line that says where the numbers come from."""
+def markdown(name: str, table: Table, results: Results, provenance: str, notes: Sequence[str] = ()) -> str:
+    """The table as Markdown, under a line that says where the numbers come from and above the notes, a line each."""
     header, lines = rows_of(table, results)
     rule = ["---", *("---:" for _ in header[1:])]
     text = "\n".join("| " + " | ".join(_escaped(cell) for cell in line) + " |" for line in [header, rule, *lines])
-    return f"# {name}\n\n{provenance}\n\n{text}\n"
+    return "\n\n".join([f"# {name}", provenance, text, *notes]) + "\n"
 
 
-def write_table(name: str, table: Table, results: Results, provenance: str, folder: Path, plot: bool = True) -> None:
+def write_table(
+    name: str,
+    table: Table,
+    results: Results,
+    provenance: str,
+    folder: Path,
+    notes: Sequence[str] = (),
+    plot: bool = True,
+) -> None:
     """Write ``table.md``, ``table.csv``, ``results.csv`` (one line a seed) and ``table.png`` into the folder.
 
     Args:
@@ -118,9 +135,10 @@ def write_table(name: str, table: Table, results: Results, provenance: str, fold
         results: from :func:`collect`.
         provenance: one line: seeds, commit, hardware, date.
         folder: the chain's.
+        notes: lines under the table.
         plot: draw the picture as well.
     """
-    _replace(folder / "table.md", markdown(name, table, results, provenance).encode())
+    _replace(folder / "table.md", markdown(name, table, results, provenance, notes).encode())
     summary: list[list[Any]] = [["row", "metric", "unit", "mean", "std", "n", "seeds"]]
     single: list[list[Any]] = [["row", "stage", "seed", "metric", "unit", "value"]]
     for label, cells in results.items():
@@ -128,8 +146,8 @@ def write_table(name: str, table: Table, results: Results, provenance: str, fold
             numbers = ["" if math.isnan(value) else value for value in (cell.mean, cell.std)]
             summary.append([label, metric, table.unit, *numbers, cell.n, cell.expected])
             single += [[label, table.rows[label], seed, metric, table.unit, v] for seed, v in cell.values.items()]
-    _write_csv(folder / "table.csv", summary)
-    _write_csv(folder / "results.csv", single)
+    write_csv(folder / "table.csv", summary)
+    write_csv(folder / "results.csv", single)
     if plot:
         draw(name, table, results, folder / "table.png")
 
@@ -156,9 +174,14 @@ def draw(name: str, table: Table, results: Results, path: Path) -> None:
     axes[0].set_yticks(range(len(labels)), labels)
     axes[0].set_ylim(len(labels) - 0.4, -0.7)  # the first row on top
     figure.suptitle(f"{name}: one dot a seed, bar = mean ± standard deviation", fontsize=10)
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, format="png")
-    temporary.replace(path)
+    save_figure(figure, path)
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a figure as PNG; a reader never sees half of it."""
+    content = io.BytesIO()
+    figure.savefig(content, format="png")
+    _replace(path, content.getvalue())
 
 
 def _draw_cell(axis: Any, row: int, cell: Cell, digits: int) -> None:
@@ -202,7 +225,7 @@ def provenance_line(seeds: Sequence[int], records: Sequence[Mapping[str, Any]]) 
 
 
 def log_to_wandb(name: str, table: Table, results: Results, folder: Path) -> None:
-    """Log the table as one W&B run in the chain's group, if someone is logged in; never fails the chain."""
+    """Log table and pictures as one W&B run in the chain's group, if someone is logged in; never fails the chain."""
     netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
     if os.environ.get("WANDB_MODE", "online") != "online" or not (os.environ.get("WANDB_API_KEY") or netrc.exists()):
         return  # spares everyone without a login the import
@@ -215,21 +238,24 @@ def log_to_wandb(name: str, table: Table, results: Results, folder: Path) -> Non
         project = os.environ.get("WANDB_PROJECT", "baton")
         with wandb.init(project=project, group=name, job_type="table", name=f"{name}: table", dir=folder) as run:
             run.log({"table": wandb.Table(columns=["row", *header[1:]], data=list(lines))})
-            if (folder / "table.png").exists():
-                run.log({"plot": wandb.Image(str(folder / "table.png"))})
+            for key, picture in {"plot": "table.png", **({"curves": "curves.png"} if table.curves else {})}.items():
+                if (folder / picture).exists():
+                    run.log({key: wandb.Image(str(folder / picture))})
     except Exception as error:
         warnings.warn(f"The table was not logged to W&B: {error}", stacklevel=2)
 
 
-def _number(value: float | None) -> float:
-    return math.nan if value is None else float(value)  # JSON has no NaN
+def number(value: float | None) -> float:
+    """A recorded metric; JSON has no NaN and holds null instead."""
+    return math.nan if value is None else float(value)
 
 
 def _escaped(cell: str) -> str:
     return cell.replace("|", "\\|")
 
 
-def _write_csv(path: Path, lines: list[list[Any]]) -> None:
+def write_csv(path: Path, lines: list[list[Any]]) -> None:
+    """Write lines of cells, the names of the columns first."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(lines)
     _replace(path, text.getvalue().encode())
