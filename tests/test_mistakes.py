@@ -117,6 +117,32 @@ def test_on_the_command_line(option: str, said: str, capsys: pytest.CaptureFixtu
     assert said in complaint([*FIT, option], capsys)
 
 
+AUTORESOLUTION = ["fit", "--model=Autoresolution", "--model.backbone=wide_resnet",
+                  "--model.backbone_kwargs={depth: 10, width: 1}", *SHAPES, "--model.super_patch=13",
+                  "--model.patch_backbone=autoresolution_patch_rf9", "--model.low_resolution_factor=2"]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        (
+            "--model.super_patch=127",
+            "model.super_patch=127 does not fit into images of 16 x 16 pixels: make it at most 16",
+        ),
+        ("--model.super_patch=7", "model.super_patch=7 is smaller than the patch tower's receptive field of 9 pixels"),
+        ("--model.low_resolution_factor=3", "16 / 3 = 5.33333; use another model.low_resolution_factor"),
+        ("--model.patch_backbone=wrn_16_1", "model.patch_backbone='wrn_16_1' pads its input"),
+        ("--model.patch_backbone=autoresolution_path", "the nearest are autoresolution_patch"),
+        ("--model.patch_backbone_kwargs={receptive_field: 12}", "not 12; the nearest are 11 and 13"),
+        ("--data.batch_size=31", "32 images (of one process) in batches of 31 leave a batch of one"),
+        ("--data.batch_size=1", "leave a batch of one: set data.drop_last=true"),
+        ("--model.objective=regresion", "--model.objective must be one of classification, regression"),
+    ],
+)
+def test_autoresolution_on_the_command_line(option: str, said: str, capsys: pytest.CaptureFixture) -> None:
+    assert said in complaint([*AUTORESOLUTION, option], capsys)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
 @pytest.mark.parametrize("option", ["--trainer.sync_batchnorm=true", "--trainer.accelerator=gpu"])
 def test_devices_that_are_not_there(option: str, capsys: pytest.CaptureFixture) -> None:
