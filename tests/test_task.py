@@ -12,7 +12,7 @@ from baton.backbones import create_backbone
 from baton.handover import read_source, write_model
 from baton.optim import LRScheduler, Optimizer
 from baton.random_state import fixed_randomness
-from baton.ssl_tasks import Denoising
+from baton.ssl_tasks import Autoresolution, Denoising
 from baton.supervised import Classification
 from baton.task import Task
 from tiny import WRN, Arrays, Rows, fit, same, state, trainer
@@ -108,10 +108,11 @@ def test_evaluation_weights_batches_by_their_size():
     assert task.latest["test/mean"] == pytest.approx(data.test_set.targets.double().mean().item())
 
 
+PATCHES = {"super_patch": 12, "low_resolution_factor": 2, "patch_backbone": "autoresolution_patch_rf9"}
 SYNCHRONISING = ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__float__", "__int__", "__index__")
 
 
-@pytest.mark.parametrize("kind", ["denoising", "classification", "head_only", "smoothed"])
+@pytest.mark.parametrize("kind", ["denoising", "classification", "head_only", "smoothed", "matching", "locating"])
 def test_no_step_between_logs_waits_for_the_device(kind, monkeypatch):
     calls, where = [], [None]
 
@@ -137,6 +138,8 @@ def test_no_step_between_logs_waits_for_the_device(kind, monkeypatch):
     monkeypatch.setattr(Task, "training_step", training_step)
     tasks = {
         "denoising": lambda: Denoising(**WRN),
+        "matching": lambda: Autoresolution(**PATCHES, **WRN),
+        "locating": lambda: Autoresolution("regression", **PATCHES, **WRN),
         "classification": lambda: Classification(**WRN),
         "head_only": lambda: Classification(head_only_steps=3, **WRN),
         "smoothed": lambda: Classification(label_smoothing=0.1, head_drop_rate=0.5, **WRN),

@@ -147,6 +147,32 @@ def test_training_draws_new_places_and_everything_learns(objective):
     assert task.losses(batch())["loss"] != one
 
 
+def coordinates(count, generator):
+    """Images whose colour says where a pixel is, with noise, each with an offset of its own in blue."""
+    y, x = torch.meshgrid(torch.linspace(0, 1, 24), torch.linspace(0, 1, 24), indexing="ij")
+    blue = torch.rand(count, 1, 1, 1, generator=generator).expand(-1, 1, 24, 24)
+    images = torch.cat([x.expand(count, 1, -1, -1), y.expand(count, 1, -1, -1), blue], 1)
+    return (images + 0.02 * torch.randn(images.shape, generator=generator)).clamp(0, 1)
+
+
+def test_both_objectives_learn_what_can_be_seen():
+    generator = torch.Generator().manual_seed(0)
+    for objective in ("regression", "classification"):
+        task = make(objective, head_width=32, patch_backbone_kwargs={"width": 0.25}).train()
+        optimizer = torch.optim.AdamW(task.parameters(), lr=0.005)
+        for _ in range(80):
+            optimizer.zero_grad()
+            task.losses((coordinates(16, generator), torch.zeros(16).long()))["loss"].backward()
+            optimizer.step()
+        task.eval()
+        with torch.no_grad():
+            found = task.evaluate((coordinates(32, generator), torch.zeros(32).long()))
+        if objective == "regression":
+            assert found["error_px"] < 0.5 * found["chance_error_px"]
+        else:
+            assert found["accuracy"] > 0.75
+
+
 def test_evaluation_does_not_depend_on_batches_or_random_state():
     task = spread(make("regression")).eval()
     x, y = batch(6)
