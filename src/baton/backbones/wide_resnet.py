@@ -22,23 +22,20 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
-from timm.layers import create_classifier
 from timm.models import (
     build_model_with_cfg,
-    checkpoint_seq,
     generate_default_cfgs,
     register_model,
 )
-from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from baton.backbones.staged import StagedNetwork
 from baton.backbones.wide_resnet_blocks import WideBlock, blocks_per_group, parse_block
 
 STEM_CHANNELS = 16
-GROUP_NAMES = ("group1", "group2", "group3")
 
 
-class WideResNet(nn.Module):
+class WideResNet(StagedNetwork):
     """Wide residual network WRN-depth-width for small images (layout and initialisation: see the module).
 
     It obeys timm's protocol for models. `drop_rate` is the dropout between the convolutions of a block (the paper takes
@@ -59,6 +56,8 @@ class WideResNet(nn.Module):
     Raises:
         ValueError: for a depth, width, block, drop rate or pooling that cannot be built.
     """
+
+    stage_names = ("group1", "group2", "group3")
 
     def __init__(
         self,
@@ -87,41 +86,21 @@ class WideResNet(nn.Module):
             )
         self.in_chans = in_chans
         self.drop_rate = drop_rate
-        self.grad_checkpointing = False
         placed: dict[str, Any] = {"device": device, "dtype": dtype}
 
         self.stem = nn.Conv2d(in_chans, STEM_CHANNELS, 3, padding=1, bias=False, **placed)
         self.feature_info: list[dict[str, Any]] = []
         channels = STEM_CHANNELS
-        for i, name in enumerate(GROUP_NAMES):
+        for i, name in enumerate(self.stage_names):
             wide, stride = 16 * 2**i * width, 1 if i == 0 else 2
             first = WideBlock(channels, wide, kernel_sizes, stride, drop_rate, **placed)
             rest = (WideBlock(wide, wide, kernel_sizes, 1, drop_rate, **placed) for _ in range(n - 1))
             self.add_module(name, nn.Sequential(first, *rest))
             self.feature_info.append({"num_chs": wide, "reduction": 2**i, "module": name})
             channels = wide
-        self.norm: nn.Module = nn.BatchNorm2d(channels, **placed)
-        self.act: nn.Module = nn.ReLU()
-
-        self.num_features = channels
-        self._set_head(num_classes, global_pool)
-        self.init_weights()
-
-    def _set_head(self, num_classes: int, global_pool: str) -> None:
-        """Makes the pooling and the classifier where, and of the type that, the other weights are."""
-        if num_classes > 0 and not global_pool:
-            raise ValueError(
-                f"Expected num_classes=0 with global_pool='', because the linear classifier cannot take a map, but got "
-                f"num_classes={num_classes}."
-            )
-        self.num_classes = num_classes
-        weight = self.stem.weight
-        self.global_pool, self.fc = create_classifier(
-            self.num_features, num_classes, pool_type=global_pool, device=weight.device, dtype=weight.dtype
-        )
-        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
-        self.global_pool.train(self.training)
-        self.fc.train(self.training)
+        self.norm = nn.BatchNorm2d(channels, **placed)
+        self.act = nn.ReLU()
+        self._finish(channels, num_classes, global_pool)
 
     @torch.jit.ignore
     def init_weights(self) -> None:
@@ -134,12 +113,13 @@ class WideResNet(nn.Module):
             elif isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
             elif isinstance(module, nn.Linear):
-                _init_classifier(module)
+                self.init_classifier(module)
 
     @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        """Names of parameters that weight decay must spare: none, the paper decays BatchNorm and biases too."""
-        return set()
+    def init_classifier(self, linear: nn.Linear) -> None:
+        """The authors' PyTorch port: Kaiming normal over the fan-in with gain sqrt(2), bias zero."""
+        nn.init.kaiming_normal_(linear.weight, nonlinearity="relu")
+        nn.init.zeros_(linear.bias)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -151,134 +131,9 @@ class WideResNet(nn.Module):
         blocks = r"^group(\d+)" if coarse else r"^group(\d+)\.(\d+)"
         return {"stem": r"^stem", "blocks": [(blocks, None), (r"^norm", (99999,))]}
 
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recomputes blocks in the backward pass instead of keeping their activations.
-
-        BatchNorm then updates its running statistics twice a step, as with any of timm's models.
-        """
-        self.grad_checkpointing = enable
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        """The classifier: a linear layer, or an identity where `num_classes` is 0."""
-        return self.fc
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replaces the classifier by a fresh one.
-
-        Args:
-            num_classes: size of its output; 0 leaves it out.
-            global_pool: new pooling type; None keeps the present one.
-        """
-        self._set_head(num_classes, self.global_pool.pool_type if global_pool is None else global_pool)
-        if isinstance(self.fc, nn.Linear):
-            _init_classifier(self.fc)
-
-    def _run_group(
-        self, name: str, x: Float[Tensor, "batch in_channels height width"]
-    ) -> Float[Tensor, "batch out_channels out_height out_width"]:
-        group = getattr(self, name)
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            return checkpoint_seq(group, x)
-        return group(x)
-
-    def forward_intermediates(
-        self,
-        x: Float[Tensor, "batch channels height width"],
-        indices: int | Sequence[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Outputs of the groups, before the BatchNorm and ReLU that follow them.
-
-        Args:
-            x: normalised images.
-            indices: which groups, from 0; an integer takes the last that many, None all.
-            norm: apply the final BatchNorm and ReLU to the last group's output.
-            stop_early: skip the groups after the last one wanted; the features are then that group's raw output.
-            output_fmt: only `"NCHW"`.
-            intermediates_only: return the list alone.
-
-        Returns:
-            What `forward_features` returns, and the list of (batch, channels, height, width) maps; or only the list.
-
-        Raises:
-            ValueError: for another `output_fmt`.
-        """
-        if output_fmt != "NCHW":
-            raise ValueError(f"Expected output_fmt 'NCHW', the only layout of this network, but got {output_fmt!r}.")
-        taken, last = feature_take_indices(len(GROUP_NAMES), indices)  # type: ignore[arg-type]
-        intermediates = []
-        x = self.stem(x)
-        for i, name in enumerate(GROUP_NAMES[: last + 1] if stop_early else GROUP_NAMES):
-            x = self._run_group(name, x)
-            if i in taken:
-                is_final = i == len(GROUP_NAMES) - 1
-                intermediates.append(self.act(self.norm(x)) if norm and is_final else x)
-        if intermediates_only:
-            return intermediates
-        if not stop_early or last == len(GROUP_NAMES) - 1:
-            x = self.act(self.norm(x))
-        return x, intermediates
-
-    def prune_intermediate_layers(
-        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Empties the groups that the wanted intermediates do not need.
-
-        Args:
-            indices: wanted groups, as in `forward_intermediates`.
-            prune_norm: drop the final BatchNorm and ReLU too.
-            prune_head: drop the pooling and classifier too.
-
-        Returns:
-            The wanted indices, counted from 0.
-        """
-        taken, last = feature_take_indices(len(GROUP_NAMES), indices)  # type: ignore[arg-type]
-        shortened = last < len(GROUP_NAMES) - 1
-        for name in GROUP_NAMES[last + 1 :]:
-            setattr(self, name, nn.Sequential())
-        if shortened or prune_norm:
-            self.norm, self.act = nn.Identity(), nn.Identity()
-        if shortened:
-            self.num_features = self.feature_info[last]["num_chs"]
-        if shortened or prune_head:
-            self.reset_classifier(0, "")
-        return taken
-
-    def forward_features(
-        self, x: Float[Tensor, "batch channels height width"]
-    ) -> Float[Tensor, "batch features out_height out_width"]:
-        """The last group's map after the final BatchNorm and ReLU."""
-        x = self.stem(x)
-        for name in GROUP_NAMES:
-            x = self._run_group(name, x)
-        return self.act(self.norm(x))
-
-    def forward_head(
-        self, x: Float[Tensor, "batch features height width"], pre_logits: bool = False
-    ) -> Float[Tensor, "batch ..."]:
-        """Pools and classifies a map from `forward_features`.
-
-        Args:
-            x: the map.
-            pre_logits: stop before the classifier.
-        """
-        x = self.global_pool(x)
-        return x if pre_logits else self.fc(x)
-
-    def forward(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch ..."]:
-        """Class scores of normalised images (or pooled features where there is no classifier)."""
-        return self.forward_head(self.forward_features(x))
-
-
-def _init_classifier(linear: nn.Linear) -> None:
-    """The authors' PyTorch port: Kaiming normal over the fan-in with gain sqrt(2), bias zero."""
-    nn.init.kaiming_normal_(linear.weight, nonlinearity="relu")
-    nn.init.zeros_(linear.bias)
+    def begin(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch 16 height width"]:
+        """The stem."""
+        return self.stem(x)
 
 
 def _cfg() -> dict[str, Any]:
@@ -303,7 +158,7 @@ default_cfgs = generate_default_cfgs({name: _cfg() for name in ("wide_resnet", *
 
 
 def _create(variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
-    feature_cfg = {"out_indices": tuple(range(len(GROUP_NAMES)))}
+    feature_cfg = {"out_indices": tuple(range(len(WideResNet.stage_names)))}
     return build_model_with_cfg(WideResNet, variant, pretrained, feature_cfg=feature_cfg, **kwargs)
 
 

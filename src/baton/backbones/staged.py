@@ -1,0 +1,204 @@
+"""Networks that are a row of named stages: timm's protocol for models, written once for all of our own."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from timm.layers import create_classifier
+from timm.models import checkpoint_seq
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+
+class StagedNetwork(nn.Module):
+    """Base of networks whose features are those of a row of stages, followed by pooling and a linear classifier `fc`.
+
+    A subclass builds its stages as attributes, names them in `stage_names`, describes them in `feature_info`, says how
+    weights are drawn in `init_weights` and `init_classifier`, and ends its constructor with `_finish`. Where a norm and
+    an activation follow the last stage, they are its `norm` and `act`; what precedes the first stage is `begin`.
+    """
+
+    stage_names: tuple[str, ...]
+    feature_info: list[dict[str, Any]]
+    norm: nn.Module
+    act: nn.Module
+
+    def _finish(self, num_features: int, num_classes: int, global_pool: str, head_drop_rate: float = 0.0) -> None:
+        """Make the head and draw all weights."""
+        self.num_features, self.head_drop_rate = num_features, head_drop_rate
+        self.grad_checkpointing = False
+        for name in ("norm", "act"):
+            if not hasattr(self, name):
+                self.add_module(name, nn.Identity())
+        self._set_head(num_classes, global_pool)
+        self.init_weights()
+
+    def _set_head(self, num_classes: int, global_pool: str) -> None:
+        """Make the pooling and the classifier where, and of the type that, the other weights are."""
+        if num_classes > 0 and not global_pool:
+            raise ValueError(
+                f"Expected num_classes=0 with global_pool='', because the linear classifier cannot take a map, but got "
+                f"num_classes={num_classes}."
+            )
+        self.num_classes = num_classes
+        weight = next(self.parameters())
+        self.global_pool, self.fc = create_classifier(
+            self.num_features, num_classes, pool_type=global_pool, device=weight.device, dtype=weight.dtype
+        )
+        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
+        self.head_drop = nn.Dropout(self.head_drop_rate)
+        for module in (self.global_pool, self.head_drop, self.fc):
+            module.train(self.training)
+
+    def init_weights(self) -> None:
+        """Draw all weights afresh."""
+        raise NotImplementedError
+
+    def init_classifier(self, linear: nn.Linear) -> None:
+        """Draw the weights of a classifier."""
+        raise NotImplementedError
+
+    def begin(
+        self, x: Float[Tensor, "batch channels height width"]
+    ) -> Float[Tensor, "batch in_channels in_height in_width"]:
+        """What comes before the first stage: nothing, unless a subclass says otherwise."""
+        return x
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that weight decay must spare beyond biases and norms: none."""
+        return set()
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Patterns that sort parameters into layers, for layer-wise learning rates.
+
+        Args:
+            coarse: one layer for a whole stage instead of one for each of its modules.
+        """
+        module = r"\." if coarse else r"\.(\d+)"
+        return {name: rf"^{name}{module}" for name in self.stage_names}
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute stages in the backward pass instead of keeping their activations.
+
+        BatchNorm then updates its running statistics twice a step, as with any of timm's models.
+        """
+        self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """The classifier: a linear layer, or an identity where `num_classes` is 0."""
+        return self.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier by a fresh one.
+
+        Args:
+            num_classes: size of its output; 0 leaves it out.
+            global_pool: new pooling type; None keeps the present one.
+        """
+        self._set_head(num_classes, self.global_pool.pool_type if global_pool is None else global_pool)
+        if isinstance(self.fc, nn.Linear):
+            self.init_classifier(self.fc)
+
+    def _run(
+        self, name: str, x: Float[Tensor, "batch in_channels height width"]
+    ) -> Float[Tensor, "batch out_channels out_height out_width"]:
+        stage = getattr(self, name)
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            return checkpoint_seq(stage, x)
+        return stage(x)
+
+    def forward_intermediates(
+        self,
+        x: Float[Tensor, "batch channels height width"],
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Outputs of the stages, before the norm and activation that may follow the last one.
+
+        Args:
+            x: normalised images.
+            indices: which stages, from 0; an integer takes the last that many, None all.
+            norm: apply the final norm and activation to the last stage's output.
+            stop_early: skip the stages after the last one wanted; the features are then that stage's raw output.
+            output_fmt: only `"NCHW"`.
+            intermediates_only: return the list alone.
+
+        Returns:
+            What `forward_features` returns, and the list of (batch, channels, height, width) maps; or only the list.
+
+        Raises:
+            ValueError: for another `output_fmt`.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"Expected output_fmt 'NCHW', the only layout of this network, but got {output_fmt!r}.")
+        taken, last = feature_take_indices(len(self.stage_names), indices)  # type: ignore[arg-type]
+        final = len(self.stage_names) - 1
+        intermediates = []
+        x = self.begin(x)
+        for index, name in enumerate(self.stage_names[: last + 1] if stop_early else self.stage_names):
+            x = self._run(name, x)
+            if index in taken:
+                intermediates.append(self.act(self.norm(x)) if norm and index == final else x)
+        if intermediates_only:
+            return intermediates
+        if not stop_early or last == final:
+            x = self.act(self.norm(x))
+        return x, intermediates
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Empty the stages that the wanted intermediates do not need.
+
+        Args:
+            indices: wanted stages, as in `forward_intermediates`.
+            prune_norm: drop the final norm and activation too.
+            prune_head: drop the pooling and classifier too.
+
+        Returns:
+            The wanted indices, counted from 0.
+        """
+        taken, last = feature_take_indices(len(self.stage_names), indices)  # type: ignore[arg-type]
+        shortened = last < len(self.stage_names) - 1
+        for name in self.stage_names[last + 1 :]:
+            setattr(self, name, nn.Sequential())
+        if shortened or prune_norm:
+            self.norm, self.act = nn.Identity(), nn.Identity()
+        if shortened:
+            self.num_features = self.feature_info[last]["num_chs"]
+        if shortened or prune_head:
+            self.reset_classifier(0, "")
+        return taken
+
+    def forward_features(
+        self, x: Float[Tensor, "batch channels height width"]
+    ) -> Float[Tensor, "batch features out_height out_width"]:
+        """The last stage's map, after the final norm and activation where there are any."""
+        x = self.begin(x)
+        for name in self.stage_names:
+            x = self._run(name, x)
+        return self.act(self.norm(x))
+
+    def forward_head(
+        self, x: Float[Tensor, "batch features height width"], pre_logits: bool = False
+    ) -> Float[Tensor, "batch ..."]:
+        """Pool and classify a map from `forward_features`.
+
+        Args:
+            x: the map.
+            pre_logits: stop before the classifier.
+        """
+        x = self.head_drop(self.global_pool(x))
+        return x if pre_logits else self.fc(x)
+
+    def forward(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch ..."]:
+        """Class scores of normalised images (or pooled features where there is no classifier)."""
+        return self.forward_head(self.forward_features(x))
