@@ -2,12 +2,14 @@
 
 import copy
 import math
+from pathlib import Path
 
 import pytest
 import timm
 import timm.optim
 import torch
 import torch.nn.functional as F
+import yaml
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
@@ -270,3 +272,24 @@ def test_steps_count_epochs_also_with_accumulation():
     schedule = LRScheduler(name="step", milestones=[2, 3], factor=0.5)
     fit(classification(scheduler=schedule), Arrays(12, batch_size=4), 3, callbacks=[watch], accumulate_grad_batches=2)
     assert lrs(watch) == pytest.approx([0.1] * 3 + [0.05] * 3 + [0.025] * 3)
+
+
+def test_rmsproptf_is_tensorflows_formula_with_the_settings_of_autoresolution():
+    """TF: ms starts at one, ε = 1 lies inside the root, the learning rate inside the momentum."""
+    recipe = Path(__file__).parents[1] / "configs/ssl_tasks/autoresolution_classification.yaml"
+    settings = Optimizer(**yaml.safe_load(recipe.read_text())["model"]["init_args"]["optimizer"])
+    assert (settings.name, settings.lr, settings.options) == ("rmsproptf", 0.003, {"alpha": 0.9, "eps": 1.0})
+    layer = nn.Linear(5, 3, bias=False).double()
+    optimizer = settings.build(layer, layer)
+    weight = layer.weight.detach().clone()
+    mean_square, momentum = torch.ones_like(weight), torch.zeros_like(weight)
+    generator = torch.Generator().manual_seed(0)
+    for rate in (0.003, 0.003, 0.00282):
+        optimizer.param_groups[0]["lr"] = rate
+        layer.weight.grad = torch.randn(3, 5, generator=generator, dtype=torch.float64) * 3
+        gradient = layer.weight.grad + 4e-5 * weight
+        mean_square = 0.9 * mean_square + 0.1 * gradient**2
+        momentum = 0.9 * momentum + rate * gradient / (mean_square + 1.0).sqrt()
+        weight = weight - momentum
+        optimizer.step()
+        assert torch.allclose(layer.weight, weight, atol=1e-12)
