@@ -190,6 +190,14 @@ def test_an_embedding_grid_keeps_where_things_are():
     assert task.losses(batch())["loss"].isfinite()
 
 
+def test_grey_images_leave_nothing_of_the_colour():
+    x, y = batch(4)
+    swapped = x[:, [2, 0, 1]]
+    grey, colourful = spread(make(grey=True)).eval(), spread(make()).eval()
+    assert torch.allclose(grey.evaluate((x, y))["loss"], grey.evaluate((swapped, y))["loss"], rtol=1e-4)
+    assert not torch.allclose(colourful.evaluate((x, y))["loss"], colourful.evaluate((swapped, y))["loss"], rtol=1e-4)
+
+
 def test_the_patch_tower_and_the_head_stay_behind():
     task = make()
     assert not any("patch_tower" in name or "head." in name for name in task.backbone.state_dict())

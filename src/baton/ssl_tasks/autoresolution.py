@@ -44,6 +44,7 @@ class Autoresolution(Task):
             mean, more keeps where things are.
         head_width: channels between the head's convolutions.
         norm: BatchNorm in the head; of the towers, see their own `norm`.
+        grey: show grey images (the mean over the channels), so that colours alone give no match.
         kwargs: see `Task`. Any backbone with a spatial map will do; the paper's is `autoresolution_image`.
     """
 
@@ -57,6 +58,7 @@ class Autoresolution(Task):
         embedding_grid: int = 1,
         head_width: int = 128,
         norm: bool = True,
+        grey: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -66,7 +68,7 @@ class Autoresolution(Task):
             raise ValueError(
                 f"Autoresolution needs a backbone with a spatial map, {self.hparams['backbone']} has none."
             )
-        self.objective, self.embedding_grid = objective, embedding_grid
+        self.objective, self.embedding_grid, self.grey = objective, embedding_grid, grey
         tower: Any = create_backbone(patch_backbone, **{**(patch_backbone_kwargs or {}), "num_classes": 0})
         if not hasattr(tower, "receptive_field"):
             raise ValueError(
@@ -134,7 +136,7 @@ class Autoresolution(Task):
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Cross-entropy with the accuracy over all cells, or the mean squared error of the coordinates."""
-        images = self._checked(batch[0])
+        images = self._seen(batch[0])
         places = self.tiling.draw(images)
         output = self._predict(images, places)
         if self.objective == "regression":
@@ -148,7 +150,7 @@ class Autoresolution(Task):
         `accuracy_own` and `accuracy_other` are those of positives and negatives; `chance_error_px` is the error of
         always answering the image's centre.
         """
-        images = self._checked(batch[0])
+        images = self._seen(batch[0])
         height, width = images.shape[2:]
         places = self.tiling.fixed(images)
         output = self._predict(images, places).float()
@@ -176,7 +178,7 @@ class Autoresolution(Task):
 
     def predict(self, batch: Batch) -> dict[str, Tensor]:
         """Return for an image's own super patch the probability of every cell, or its coordinates, and the truth."""
-        images = self._checked(batch[0], alone=True)
+        images = self._seen(batch[0], alone=True)
         places = self.tiling.fixed(images)
         output = self(self.low_resolution(images), self.tiling.crop(images, *places)).float()
         result = {"top": places[0], "left": places[1]}
@@ -187,7 +189,7 @@ class Autoresolution(Task):
 
     def pictures(self, batch: Batch) -> dict[str, Float[Tensor, "3 h w"]]:
         """Draw the pairs the network sees, and heat maps or predicted positions."""
-        images = self._checked(batch[0])[:4]
+        images = self._seen(batch[0])[:4]
         places = self.tiling.fixed(images)
         low, patches = self.low_resolution(images), self.tiling.crop(images, *places)
         views = autoresolution_pictures.Views(self.tiling, images, low, patches, *places)
@@ -201,14 +203,15 @@ class Autoresolution(Task):
 
     # Inside
 
-    def _checked(self, images: Float[Tensor, "b c h w"], alone: bool = False) -> Float[Tensor, "b c h w"]:
+    def _seen(self, images: Float[Tensor, "b c h w"], alone: bool = False) -> Float[Tensor, "b c h w"]:
+        """Refuse what does not fit, and take the colour away where it shall not be seen."""
         self.tiling.check(*images.shape[2:])
         if len(images) == 1 and self.objective == "classification" and not alone:
             raise ValueError(
                 "A negative is a patch of another image in the batch, and there is a batch of one: use a data."
                 "batch_size of at least 3 (batches of 2 leave one of an odd number), and data.drop_last=true."
             )
-        return images
+        return images.mean(1, keepdim=True).expand_as(images) if self.grey else images
 
     def _predict(self, images: Float[Tensor, "b 3 h w"], places: tuple[Tensor, Tensor]) -> Float[Tensor, "sb 2 gh gw"]:
         shifts = (0, 1) if self.objective == "classification" else (0,)
