@@ -29,7 +29,7 @@ TASKS = {
 #: What a task needs beyond a backbone; `{Classification}` is the folder of that task's run.
 NEEDS: dict[str, list[str]] = {
     "Autoresolution": [
-        "--model.patch_backbone=autoresolution_patch_rf9", "--model.patch_backbone_kwargs={width: 0.2}",
+        "--model.patch_backbone=autoresolution_patch_rf9", "--model.patch_backbone_kwargs={{width: 0.2}}",
         "--model.super_patch=12", "--model.low_resolution_factor=2", "--model.head_width=8",
     ],
 }  # fmt: skip
