@@ -306,18 +306,22 @@ def test_channels_last_and_bf16_train_the_same_network():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cls", [Classification, Denoising])
-def test_a_compiled_backbone_trains_the_same_network(cls, monkeypatch):
+@pytest.mark.parametrize(
+    ("cls", "options", "networks"),
+    [(Classification, {}, 1), (Denoising, {}, 1), (Autoresolution, PATCHES, 2)],
+    ids=["Classification", "Denoising", "Autoresolution"],
+)
+def test_compiled_networks_train_the_same_weights(cls, options, networks, monkeypatch):
     compiled = []
     original = torch.compile
     monkeypatch.setattr(torch, "compile", lambda function: compiled.append(1) or original(function))
     losses = {}
     for compile_it in (False, True):
         torch.manual_seed(0)
-        task = cls(optimizer=Optimizer("momentum", 0.02), compile=compile_it, **WRN)
+        task = cls(optimizer=Optimizer("momentum", 0.02), compile=compile_it, **options, **WRN)
         losses[compile_it] = fit(task, Arrays(16, val=8), 1, log_every_n_steps=1).column("train/loss")
         assert not any("_orig_mod" in name for name in task.state_dict())
-    assert compiled
+    assert len(compiled) >= networks
     assert losses[True] == pytest.approx(losses[False], abs=1e-3)
 
 

@@ -243,17 +243,21 @@ def test_a_batch_of_one_has_no_negative():
     assert make("regression").losses(batch(1))["loss"].isfinite()
 
 
-@pytest.mark.parametrize(("length", "batch_size", "drop_last", "refused"), [
-    (17, 8, False, True), (17, 8, True, False), (16, 8, False, False), (8, 1, False, True),
-])  # fmt: skip
-def test_a_last_batch_of_one_is_refused_before_the_first_step(length, batch_size, drop_last, refused):
+def quiet_trainer():
     import lightning.pytorch as pl
 
-    data = Shapes(size=16, length=length, val_length=0, batch_size=batch_size, drop_last=drop_last)
-    trainer = pl.Trainer(
+    return pl.Trainer(
         max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False, accelerator="cpu",
-        enable_model_summary=False,
+        enable_model_summary=False, num_sanity_val_steps=0,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(("length", "batch_size", "drop_last", "refused"), [
+    (17, 8, False, True), (17, 8, True, False), (16, 8, False, False), (8, 1, False, True), (8, 1, True, True),
+])  # fmt: skip
+def test_a_last_batch_of_one_is_refused_before_the_first_step(length, batch_size, drop_last, refused):
+    data = Shapes(size=16, length=length, val_length=0, batch_size=batch_size, drop_last=drop_last)
+    trainer = quiet_trainer()
     if refused:
         with pytest.raises(ValueError, match=r"leave a batch of one: set data\.drop_last=true"):
             trainer.fit(make(), datamodule=data)
@@ -261,3 +265,17 @@ def test_a_last_batch_of_one_is_refused_before_the_first_step(length, batch_size
     else:
         trainer.fit(make(), datamodule=data)
         assert trainer.global_step == 2
+
+
+@pytest.mark.parametrize(("val", "test", "batch_size", "said"), [
+    (9, 8, 2, "9 validation images in batches of 2"), (1, 8, 8, "1 validation images"), (0, 5, 2, "5 test images"),
+])  # fmt: skip
+def test_an_evaluation_batch_of_one_is_refused_before_the_first_step(val, test, batch_size, said):
+    data = Shapes(size=16, length=16, val_length=val, test_length=test, batch_size=batch_size)
+    trainer = quiet_trainer()
+    with pytest.raises(ValueError, match=said):
+        trainer.fit(make(), datamodule=data)
+    assert trainer.global_step == 0
+    trainer = quiet_trainer()
+    trainer.fit(make("regression"), datamodule=data)  # needs no negatives
+    assert trainer.global_step == 16 // batch_size

@@ -204,6 +204,10 @@ class ImageData(LightningDataModule):
         training = self.trainer is not None and self.trainer.training
         return (self.augment(images) if training else self.to_float(images)), targets
 
+    def evaluation_batches(self, dataset: Any) -> list[list[int]]:
+        """Indices of every batch in which this process evaluates a split."""
+        return self._evaluation(dataset).sampler.batches
+
     def _evaluation(self, dataset: Any) -> Any:
         if dataset is None:
             return []

@@ -31,11 +31,10 @@ class ConvReLU(nn.Sequential):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        padding = kernel_size // 2 if padding is None else padding
-        placed: dict[str, Any] = {"device": device, "dtype": dtype}
-        conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, bias=not norm, **placed)
-        layers = {"conv": conv, "norm": nn.BatchNorm2d(out_channels, **placed), "act": nn.ReLU()}
         super().__init__()
-        for name, layer in layers.items():
-            if name != "norm" or norm:
-                self.add_module(name, layer)
+        placed: dict[str, Any] = {"device": device, "dtype": dtype}
+        padding = kernel_size // 2 if padding is None else padding
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, bias=not norm, **placed)
+        if norm:
+            self.norm = nn.BatchNorm2d(out_channels, **placed)
+        self.act = nn.ReLU()

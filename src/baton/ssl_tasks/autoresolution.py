@@ -33,7 +33,8 @@ class Autoresolution(Task):
 
     Args:
         objective: `classification`: one positive (the image's own patch) and one negative (the patch of the next image
-            in the batch; with DDP in the process's part of it) for each image and cell, two-way softmax.
+            in the batch; with DDP in the process's part of it) for each image and cell, two-way softmax. Evaluation
+            keeps the order of the data: where files are sorted by class, its negatives are harder than training's.
             `regression`: the centre (x, y) of every cell's patch in the image, each in [-1, 1].
         super_patch: side of the super patch in pixels; `(super_patch - receptive field)` must be a multiple of the
             patch tower's stride.
@@ -89,16 +90,23 @@ class Autoresolution(Task):
         return [self.backbone, self.patch_tower]
 
     def build(self) -> None:
-        """Refuse before the first step what would fail at the end of the first epoch."""
+        """Refuse before the first step a batch of one that would only come at the end of an epoch."""
         data = getattr(self.trainer, "datamodule", None) if self._trainer is not None else None
-        if data is None or self.objective != "classification" or self.trainer.state.fn != "fit" or data.drop_last:
+        if data is None or self.objective != "classification" or self.trainer.state.fn != "fit":
             return
         share = -(-len(data.train_set) // self.trainer.world_size)
-        if share % data.batch_size == 1 or data.batch_size == 1:
+        if data.batch_size == 1 or (share % data.batch_size == 1 and not data.drop_last):
             raise ValueError(
                 f"A negative is a patch of another image in the batch, but {share} images (of one process) in batches "
                 f"of {data.batch_size} leave a batch of one: set data.drop_last=true or another data.batch_size."
             )
+        for split, dataset in (("validation", data.val_set), ("test", data.test_set)):
+            if dataset and min(map(len, data.evaluation_batches(dataset))) == 1:
+                raise ValueError(
+                    f"A negative is a patch of another image in the batch, but {len(dataset)} {split} images in "
+                    f"batches of {data.batch_size} leave a batch of one: use a data.batch_size of at least 3, or more "
+                    "images."
+                )
 
     # The two towers and the head
 
@@ -209,7 +217,7 @@ class Autoresolution(Task):
         if len(images) == 1 and self.objective == "classification" and not alone:
             raise ValueError(
                 "A negative is a patch of another image in the batch, and there is a batch of one: use a data."
-                "batch_size of at least 3 (batches of 2 leave one of an odd number), and data.drop_last=true."
+                "batch_size of at least 3."
             )
         return images.mean(1, keepdim=True).expand_as(images) if self.grey else images
 
