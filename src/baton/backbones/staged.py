@@ -5,13 +5,14 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from timm.layers import create_classifier
 from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from baton.backbones.headed import HeadedNetwork
 
-class StagedNetwork(nn.Module):
+
+class StagedNetwork(HeadedNetwork):
     """Base of networks whose features are those of a row of stages, followed by pooling and a linear classifier `fc`.
 
     A subclass builds its stages as attributes, names them in `stage_names`, describes them in `feature_info`, says how
@@ -34,29 +35,8 @@ class StagedNetwork(nn.Module):
         self._set_head(num_classes, global_pool)
         self.init_weights()
 
-    def _set_head(self, num_classes: int, global_pool: str) -> None:
-        """Make the pooling and the classifier where, and of the type that, the other weights are."""
-        if num_classes > 0 and not global_pool:
-            raise ValueError(
-                f"Expected num_classes=0 with global_pool='', because the linear classifier cannot take a map, but got "
-                f"num_classes={num_classes}."
-            )
-        self.num_classes = num_classes
-        weight = next(self.parameters())
-        self.global_pool, self.fc = create_classifier(
-            self.num_features, num_classes, pool_type=global_pool, device=weight.device, dtype=weight.dtype
-        )
-        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
-        self.head_drop = nn.Dropout(self.head_drop_rate)
-        for module in (self.global_pool, self.head_drop, self.fc):
-            module.train(self.training)
-
     def init_weights(self) -> None:
         """Draw all weights afresh."""
-        raise NotImplementedError
-
-    def init_classifier(self, linear: nn.Linear) -> None:
-        """Draw the weights of a classifier."""
         raise NotImplementedError
 
     def begin(
@@ -64,11 +44,6 @@ class StagedNetwork(nn.Module):
     ) -> Float[Tensor, "batch in_channels in_height in_width"]:
         """What comes before the first stage: nothing, unless a subclass says otherwise."""
         return x
-
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        """Names of parameters that weight decay must spare beyond biases and norms: none."""
-        return set()
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -87,22 +62,6 @@ class StagedNetwork(nn.Module):
         BatchNorm then updates its running statistics twice a step, as with any of timm's models.
         """
         self.grad_checkpointing = enable
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        """The classifier: a linear layer, or an identity where `num_classes` is 0."""
-        return self.fc
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier by a fresh one.
-
-        Args:
-            num_classes: size of its output; 0 leaves it out.
-            global_pool: new pooling type; None keeps the present one.
-        """
-        self._set_head(num_classes, self.global_pool.pool_type if global_pool is None else global_pool)
-        if isinstance(self.fc, nn.Linear):
-            self.init_classifier(self.fc)
 
     def _run(
         self, name: str, x: Float[Tensor, "batch in_channels height width"]
@@ -186,19 +145,3 @@ class StagedNetwork(nn.Module):
         for name in self.stage_names:
             x = self._run(name, x)
         return self.act(self.norm(x))
-
-    def forward_head(
-        self, x: Float[Tensor, "batch features height width"], pre_logits: bool = False
-    ) -> Float[Tensor, "batch ..."]:
-        """Pool and classify a map from `forward_features`.
-
-        Args:
-            x: the map.
-            pre_logits: stop before the classifier.
-        """
-        x = self.head_drop(self.global_pool(x))
-        return x if pre_logits else self.fc(x)
-
-    def forward(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch ..."]:
-        """Class scores of normalised images (or pooled features where there is no classifier)."""
-        return self.forward_head(self.forward_features(x))

@@ -1,4 +1,5 @@
 """Self-supervised pretext tasks: one method a file."""
 
 from baton.ssl_tasks.autoresolution import Autoresolution as Autoresolution
+from baton.ssl_tasks.color_quantizer import ColorQuantizer as ColorQuantizer
 from baton.ssl_tasks.denoising import Denoising as Denoising
