@@ -319,6 +319,40 @@ def test_the_candidate_with_the_best_validation_is_shown_once_all_have_finished(
     assert Path("runs/demo/curves.png").stat().st_size > 0
 
 
+LINES = """
+name: demo
+seeds: [0, 1]
+stages:
+  broken: {recipe: r.yaml, seeds: [1], set: {fail: 7}}
+  tuned: {recipe: r.yaml, set: {error: 0.25}}
+  scratch: {recipe: r.yaml}
+table:
+  metric: test/error
+  rows: {scratch: scratch}
+  lines: {x: labels a class, log: true, rows: {fine-tuned: {64: tuned}, from scratch: {64: scratch}}}
+"""
+
+
+def test_lines_are_drawn_over_what_has_finished_and_a_metric_they_lack_is_named(here, capsys):
+    def drawn():
+        with Path("runs/demo/lines.csv").open() as file:
+            return [(row["row"], row["x"], row["stage"], row["seed"], row["value"]) for row in csv.DictReader(file)]
+
+    first = [("fine-tuned", "64", "tuned", "0", "0.25"), ("from scratch", "64", "scratch", "0", "0.5")]
+    Path("chain.yaml").write_text(LINES)
+    assert run_chain("chain.yaml", **FAKE) == 7
+    assert drawn() == first
+    Path("chain.yaml").write_text(LINES.replace("  broken:", "  # broken:"))
+    assert run_chain("chain.yaml", **FAKE) == 0
+    assert drawn() == [first[0], (*first[0][:3], "1", "0.26"), first[1], (*first[1][:3], "1", "0.51")]
+    assert Path("runs/demo/lines.png").exists()
+    assert "table.png, lines.csv, lines.png and results.csv" in capsys.readouterr().out
+    config = Path("runs/demo/tuned/seed_1/model/config.json")
+    config.write_text(config.read_text().replace("test/error", "test/eror"))
+    assert run_chain("chain.yaml", **FAKE) == 2
+    assert "demo/tuned/seed_1 has no metric 'test/error'; it has test/eror, test/loss" in capsys.readouterr().out
+
+
 def test_a_choice_by_a_metric_nobody_logs_is_named_and_the_runs_are_kept(here, capsys):
     Path("chain.yaml").write_text(CANDIDATES.replace("select: val/error", "select: val/eror"))
     assert run_chain("chain.yaml", **FAKE) == 2

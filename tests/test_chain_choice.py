@@ -3,7 +3,7 @@ import math
 import pytest
 
 from baton.chain_choice import choose
-from baton.chain_file import Select, Table
+from baton.chain_table_file import Select, Table
 
 ROWS = {"scratch": "scratch", "tuned": ("a", "b", "c")}
 

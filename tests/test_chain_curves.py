@@ -5,7 +5,7 @@ import statistics
 import pytest
 
 from baton.chain_curves import average, collect_curves, draw, read_curves, write_curves
-from baton.chain_file import Select, Table
+from baton.chain_table_file import Select, Table
 from baton.run import MetricsCSV
 
 TABLE = Table(

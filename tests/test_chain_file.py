@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from baton.chain_file import Select, flatten, read_chain
+from baton.chain_file import flatten, read_chain
 
 GOOD = """
 name: demo
@@ -89,26 +89,6 @@ def test_recipe_path_is_relative_to_the_chain_file_and_shown_from_here(folder, m
     assert read_chain("chain.yaml").stages["one"].recipe == (folder / "recipes" / "a.yaml").resolve()
 
 
-def test_candidates_and_curves(folder):
-    several = {"one": "teacher", 2: ["finetune", "pretrain"], "of one": ["pretrain"]}
-    table = read(folder, changed(table__rows=several, table__select="val/error")).table
-    assert table is not None
-    assert table.rows == {"one": "teacher", "2": ("finetune", "pretrain"), "of one": ("pretrain",)}
-    assert table.stages == ("teacher", "finetune", "pretrain", "pretrain")
-    assert (table.select, table.curves) == (Select("val/error", "min"), ())
-    best = {"metric": "val/accuracy", "mode": "max"}
-    table = read(folder, changed(table__rows=several, table__select=best, table__curves=["a", "b"])).table
-    assert table is not None
-    assert (table.select, table.curves) == (Select("val/accuracy", "max"), ("a", "b"))
-    table = read(folder, changed(table__curves="val/error")).table
-    assert table is not None
-    assert table.curves == ("val/error",)
-
-
-def candidates(*names, select="val/error") -> str:
-    return changed(table__rows={"x": list(names)}, table__select=select)
-
-
 BAD = {
     "unknown key": (changed(sedes=[0]), "unknown key 'sedes' (did you mean 'seeds'?)"),
     "unknown stage key": (changed(stages__finetune__recip="x"), "stages.finetune: unknown key 'recip' (did you mean"),
@@ -138,43 +118,10 @@ BAD = {
     "seeds negative": (changed(seeds=[-1]), "seeds must be a list"),
     "seeds bool": (changed(seeds=[True]), "seeds must be a list"),
     "parent lacks seed": (changed(stages__pretrain__seeds=[0, 3]), "init_from needs seed 1 of 'pretrain', which has"),
-    "row": (changed(table__rows={"x": "finetuen"}), "names the stage 'finetuen', which does not exist (did you mean"),
-    "row is a mapping": (
-        changed(table__rows={"x": {"finetune": 1}}),
-        "names the stage {'finetune': 1}, which does not",
+    "table": (
+        changed(table__lines={"x": "labels", "rows": {"a": {1: "finetuen"}}}),
+        "table.lines.rows: 'a' names the stage 'finetuen', which does not exist (did you mean 'finetune'?)",
     ),
-    "candidate": (candidates("pretrain", "finetuen"), "names the stage 'finetuen', which does not exist (did you mean"),
-    "candidate twice": (
-        candidates("pretrain", "pretrain"),
-        "'x' names the stage 'pretrain' twice; list each candidate",
-    ),
-    "no candidates": (candidates(), "table.rows: 'x' lists no stage to choose from"),
-    "candidates' seeds": (
-        candidates("pretrain", "teacher"),
-        "the candidates of 'x' must have the same seeds, but 'pretrain' has 0, 1 and 'teacher' has 7",
-    ),
-    "no select": (
-        changed(table__rows={"x": ["pretrain"]}),
-        "'x' lists stages to choose from, but",
-    ),
-    "nothing to select": (changed(table__select="val/error"), "table.select is given, but no row lists stages"),
-    "select": (
-        candidates("pretrain", select=["val/error"]),
-        "table.select must be a metric's name such as val/error, or",
-    ),
-    "select key": (candidates("pretrain", select={"metrc": "m"}), "table.select: unknown key 'metrc' (did you mean"),
-    "select metric": (candidates("pretrain", select={"mode": "min"}), "table.select.metric must be a metric's name"),
-    "select mode": (
-        candidates("pretrain", select={"metric": "m", "mode": "top"}),
-        "select.mode must be min or max, not",
-    ),
-    "curves": (
-        changed(table__curves=[]),
-        "table.curves must be a metric's name such as val/error, or a list, not a list",
-    ),
-    "no metric": (changed(table__metric=None), "table.metric must be a metric's name such as test/error"),
-    "scale": (changed(table__scale="100 %"), "table.scale must be a number other than 0"),
-    "digits": (changed(table__digits=1.5), "table.digits must be a whole number"),
     "name": (changed(name="a/b"), "name: 'a/b' becomes a folder"),
     "stage name": (changed(stages__pretrain={"recipe": "x"}).replace("pretrain:", "../up:"), "becomes a folder"),
     "stage twice": (GOOD.replace("  finetune:", "  pretrain:"), "'pretrain' is given twice (line 12)"),

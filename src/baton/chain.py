@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 from rich.console import Console
 
-from baton import chain_choice, chain_curves, chain_launch, chain_slurm, chain_table
+from baton import chain_choice, chain_curves, chain_launch, chain_lines, chain_slurm, chain_table
 from baton.chain_file import Chain, read_chain
 from baton.chain_plan import Run, plan, select
 
@@ -137,7 +137,7 @@ def _seeds(text: str | None) -> list[int] | None:
 
 
 def finish_table(chain: Chain, runs: Sequence[Run], console: Console | None = None) -> bool:
-    """Write the table and the curves of the finished runs, and print and log them if there is a console.
+    """Write the table, the curves and the lines of the finished runs, and print and log them if there is a console.
 
     Returns:
         Whether a finished run lacks a metric the table asks for.
@@ -154,11 +154,14 @@ def finish_table(chain: Chain, runs: Sequence[Run], console: Console | None = No
     if table.curves:
         folders = {name: [(run.seed, run.folder) for run in done if run.stage.name == name] for name in table.stages}
         chain_curves.write_curves(chain.name, table, folders, folder)
+    if table.lines is not None:
+        chain_lines.write_lines(chain.name, table, by_stage, folder)
     if console is None:
         return False
     console.print()
     chain_table.print_table(table, results, console)
     files = ["table.md", "table.csv", "table.png", *(["curves.csv", "curves.png"] if table.curves else [])]
+    files += ["lines.csv", "lines.png"] if table.lines is not None else []
     written = f"Written to {folder}/{', '.join(files)} and results.csv."
     console.print("\n" + "\n".join([*choice.notes, provenance, written]), markup=False)
     chain_table.log_to_wandb(chain.name, table, results, folder)

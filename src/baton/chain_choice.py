@@ -6,8 +6,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from baton.chain_file import Select, Table
 from baton.chain_table import number
+from baton.chain_table_file import Select, Table
 
 #: stage -> (seed, its metrics or None if it has not finished)
 Runs = Mapping[str, Sequence[tuple[int, Mapping[str, float | None] | None]]]

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from baton.chain_file import Table
 from baton.chain_table import Cell, heading, save_figure, write_csv
+from baton.chain_table_file import Table
 
 #: seed -> step -> the metric, already scaled
 Curves = dict[int, dict[int, float]]

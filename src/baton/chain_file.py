@@ -1,4 +1,4 @@
-"""The chain file: which stages a chain has, where each one's weights come from, and what its table shows.
+"""The chain file: which stages a chain has and where each one's weights come from.
 
 A chain file is YAML::
 
@@ -21,23 +21,10 @@ A chain file is YAML::
       rows: {from scratch: scratch, "denoising, fine-tuned": finetune}
 
 A stage with one seed of its own (``seeds: [0]``) runs once and serves every seed of the stages after it;
-``teacher: stage`` hands a stage's network to ``--model.init_args.teacher``.
-
-A row may list candidates, say one recipe with several learning rates, and the table may draw curves::
-
-    table:
-      metric: test/error
-      select: val/error                 # or {metric: val/accuracy, mode: max}; the mode is min unless it is given
-      rows: {from scratch: scratch, fine-tuned: [lr_0_01, lr_0_003]}
-      curves: val/error                 # or a list
-
-The row shows the candidate with the best mean of the ``select`` metric over its seeds (of equal ones the first), and a
-line under the table says which one that is; the table's own metric takes no part (:mod:`baton.chain_choice`). As long
-as a run of a candidate is missing, nothing is chosen. Candidates have the same seeds. ``curves`` draws each metric
-over the training steps, one line a row, into ``curves.png`` (:mod:`baton.chain_curves`).
+``teacher: stage`` hands a stage's network to ``--model.init_args.teacher``. Everything else that a table may show is
+described in :mod:`baton.chain_table_file`.
 """
 
-import difflib
 import re
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass
@@ -45,6 +32,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+from baton.chain_table_file import Table, check_keys, kind, nearest, read_table, words
 
 #: Where a stage may take a network from, and the option that receives the folder of the run.
 LINKS = {"init_from": "model.init_from", "teacher": "model.init_args.teacher"}
@@ -69,47 +58,6 @@ class Stage:
     options: dict[str, Any]
     links: dict[str, str]
     seeds: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Select:
-    """What decides among the candidates of a row.
-
-    Attributes:
-        metric: name as the tasks log it, such as ``val/error``.
-        mode: whether the best is the "min" or the "max".
-    """
-
-    metric: str
-    mode: str = "min"
-
-
-@dataclass(frozen=True)
-class Table:
-    """What the results table shows.
-
-    Attributes:
-        metrics: names as the tasks log them, such as ``test/error``.
-        rows: label -> stage, or the candidates for it, in the order of the table.
-        unit: written behind the metric's name.
-        scale: factor from the logged value to the shown one.
-        digits: decimals shown.
-        select: what decides among candidates; None: there are none.
-        curves: metrics drawn over the training steps.
-    """
-
-    metrics: tuple[str, ...]
-    rows: dict[str, str | tuple[str, ...]]
-    unit: str = ""
-    scale: float = 1.0
-    digits: int = 2
-    select: Select | None = None
-    curves: tuple[str, ...] = ()
-
-    @property
-    def stages(self) -> tuple[str, ...]:
-        """Every stage that a row shows or may show."""
-        return tuple(stage for row in self.rows.values() for stage in ((row,) if isinstance(row, str) else row))
 
 
 @dataclass(frozen=True)
@@ -161,7 +109,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a mapping (key: value), not {_kind(content)}.")
+        raise ValueError(f"{path} must hold a mapping (key: value), not {kind(content)}.")
     return content
 
 
@@ -197,7 +145,7 @@ def read_chain(path: str | Path, extra_seeds: Iterable[int] = ()) -> Chain:
     if not path.is_file():
         raise FileNotFoundError(f"The chain file {path} does not exist.")
     content = read_yaml(path)
-    _known(content, ("name", "seeds", "set", "stages", "table"), f"{path}")
+    check_keys(content, ("name", "seeds", "set", "stages", "table"), f"{path}")
     name = content.get("name", path.stem)
     _folder_name(name, f"{path}: name")
     seeds = _seeds(content.get("seeds", [0]), f"{path}: seeds")
@@ -205,11 +153,14 @@ def read_chain(path: str | Path, extra_seeds: Iterable[int] = ()) -> Chain:
     common = _options(content.get("set"), f"{path}: set")
     described = content.get("stages")
     if not isinstance(described, dict) or not described:
-        raise ValueError(f"{path}: stages must name at least one stage, not be {_kind(described)}.")
+        raise ValueError(f"{path}: stages must name at least one stage, not be {kind(described)}.")
     stages: dict[str, Stage] = {}
     for stage_name, entry in described.items():
         stages[stage_name] = _stage(stage_name, entry, path, seeds, common, stages, list(described))
-    table = _table(content["table"], f"{path}: table", stages) if content.get("table") is not None else None
+    table = None
+    if content.get("table") is not None:
+        own = {stage.name: stage.seeds for stage in stages.values()}
+        table = read_table(content["table"], f"{path}: table", own)
     return Chain(name, path, seeds, stages, table)
 
 
@@ -225,10 +176,10 @@ def _stage(
     where = f"{path}: stages.{name}"
     _folder_name(name, where)
     if not isinstance(entry, dict):
-        raise ValueError(f"{where} must hold at least 'recipe: FILE.yaml', not {_kind(entry)}.")
-    _known(entry, ("recipe", "set", "init_from", "teacher", "seeds"), where)
+        raise ValueError(f"{where} must hold at least 'recipe: FILE.yaml', not {kind(entry)}.")
+    check_keys(entry, ("recipe", "set", "init_from", "teacher", "seeds"), where)
     if not isinstance(entry.get("recipe"), str):
-        raise ValueError(f"{where}: recipe must name a YAML file, not {_kind(entry.get('recipe'))}.")
+        raise ValueError(f"{where}: recipe must name a YAML file, not {kind(entry.get('recipe'))}.")
     recipe = path.parent / entry["recipe"]
     if not recipe.is_file():
         raise FileNotFoundError(
@@ -250,7 +201,7 @@ def _link(
 ) -> None:
     if parent not in order:
         raise ValueError(
-            f"{where}: {link} names {parent!r}, which is no stage of this chain{_nearest(parent, order)}; "
+            f"{where}: {link} names {parent!r}, which is no stage of this chain{nearest(parent, order)}; "
             f"weights from elsewhere go into 'set: {{{LINKS[link]}: …}}'."
         )
     if parent not in earlier:
@@ -259,90 +210,16 @@ def _link(
     missing = [seed for seed in seeds if seed not in given]
     if missing and len(given) > 1:
         raise ValueError(
-            f"{where}: {link} needs seed {missing[0]} of {parent!r}, which has the seeds {_words(given)}; "
+            f"{where}: {link} needs seed {missing[0]} of {parent!r}, which has the seeds {words(given)}; "
             f"give {parent!r} the same seeds, or one seed that serves all."
         )
-
-
-def _table(entry: Any, where: str, stages: dict[str, Stage]) -> Table:
-    if not isinstance(entry, dict):
-        raise ValueError(f"{where} must be a mapping with at least 'metric: test/error', not {_kind(entry)}.")
-    _known(entry, ("metric", "unit", "scale", "digits", "select", "rows", "curves"), where)
-    metrics = _metrics(entry.get("metric"), f"{where}.metric", "test/error")
-    curves = _metrics(entry["curves"], f"{where}.curves", "val/error") if entry.get("curves") is not None else ()
-    select = _select(entry["select"], f"{where}.select") if entry.get("select") is not None else None
-    rows = _rows(entry.get("rows", {name: name for name in stages}), f"{where}.rows", stages)
-    lists = [label for label, row in rows.items() if isinstance(row, tuple)]
-    if lists and select is None:
-        raise ValueError(
-            f"{where}.rows: {lists[0]!r} lists stages to choose from, but no select says how; add 'select: val/error'."
-        )
-    if select is not None and not lists:
-        raise ValueError(
-            f"{where}.select is given, but no row lists stages to choose from; leave it out, or list some "
-            "('label: [stage, other_stage]')."
-        )
-    scale, digits = entry.get("scale", 1.0), entry.get("digits", 2)
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or scale == 0:
-        raise ValueError(f"{where}.scale must be a number other than 0, not {scale!r}.")
-    if isinstance(digits, bool) or not isinstance(digits, int) or not 0 <= digits <= 10:
-        raise ValueError(f"{where}.digits must be a whole number from 0 to 10, not {digits!r}.")
-    return Table(metrics, rows, str(entry.get("unit", "")), float(scale), digits, select, curves)
-
-
-def _metrics(entry: Any, where: str, example: str) -> tuple[str, ...]:
-    metrics = [entry] if isinstance(entry, str) else entry
-    if not isinstance(metrics, list) or not metrics or not all(isinstance(name, str) for name in metrics):
-        raise ValueError(f"{where} must be a metric's name such as {example}, or a list, not {_kind(entry)}.")
-    return tuple(metrics)
-
-
-def _select(entry: Any, where: str) -> Select:
-    given = {"metric": entry} if isinstance(entry, str) else entry
-    if not isinstance(given, dict):
-        raise ValueError(
-            f"{where} must be a metric's name such as val/error, or {{metric: val/accuracy, mode: max}}, "
-            f"not {_kind(entry)}."
-        )
-    _known(given, ("metric", "mode"), where)
-    metric, mode = given.get("metric"), given.get("mode", "min")
-    if not isinstance(metric, str):
-        raise ValueError(f"{where}.metric must be a metric's name such as val/error, not {_kind(metric)}.")
-    if mode not in ("min", "max"):
-        raise ValueError(f"{where}.mode must be min or max, not {_kind(mode)}.")
-    return Select(metric, mode)
-
-
-def _rows(entry: Any, where: str, stages: dict[str, Stage]) -> dict[str, str | tuple[str, ...]]:
-    if not isinstance(entry, dict) or not entry:
-        raise ValueError(f"{where} must map labels to stages ('from scratch: scratch'), not be {_kind(entry)}.")
-    rows: dict[str, str | tuple[str, ...]] = {}
-    for label, row in entry.items():
-        names = row if isinstance(row, list) else [row]
-        if not names:
-            raise ValueError(f"{where}: {label!r} lists no stage to choose from; name one or more.")
-        for name in names:
-            if not isinstance(name, str) or name not in stages:
-                raise ValueError(
-                    f"{where}: {label!r} names the stage {name!r}, which does not exist{_nearest(name, stages)}."
-                )
-            if names.count(name) > 1:
-                raise ValueError(f"{where}: {label!r} names the stage {name!r} twice; list each candidate once.")
-            first, own = stages[names[0]].seeds, stages[name].seeds
-            if sorted(own) != sorted(first):
-                raise ValueError(
-                    f"{where}: the candidates of {label!r} must have the same seeds, but {names[0]!r} has "
-                    f"{_words(first)} and {name!r} has {_words(own)}; give them the same."
-                )
-        rows[str(label)] = tuple(names) if isinstance(row, list) else row
-    return rows
 
 
 def _options(entry: Any, where: str) -> dict[str, Any]:
     if entry is None:
         return {}
     if not isinstance(entry, dict):
-        raise ValueError(f"{where} must map options to values ('trainer.max_epochs: 10'), not be {_kind(entry)}.")
+        raise ValueError(f"{where} must map options to values ('trainer.max_epochs: 10'), not be {kind(entry)}.")
     options = flatten(entry, where)
     for name in options:
         if name.startswith("-"):
@@ -362,12 +239,6 @@ def _seeds(entry: Any, where: str) -> tuple[int, ...]:
     return tuple(entry)
 
 
-def _known(entry: dict[Any, Any], known: tuple[str, ...], where: str) -> None:
-    for key in entry:
-        if key not in known:
-            raise ValueError(f"{where}: unknown key {key!r}{_nearest(key, known)}; known are {_words(known)}.")
-
-
 def _folder_name(name: Any, where: str) -> None:
     if not isinstance(name, str) or not _FOLDER_NAME.fullmatch(name):
         raise ValueError(f"{where}: {name!r} becomes a folder, so use letters, digits, '_', '-' and '.' only.")
@@ -377,18 +248,3 @@ def _from_here(path: Path) -> Path:
     """The path as one would type it from the working directory, so that a printed command can be pasted."""
     absolute, here = path.resolve(), Path.cwd().resolve()
     return absolute.relative_to(here) if absolute.is_relative_to(here) else absolute
-
-
-def _nearest(name: Any, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(str(name), [str(entry) for entry in known], n=1, cutoff=0.5)
-    return f" (did you mean {close[0]!r}?)" if close else ""
-
-
-def _words(names: Iterable[Any]) -> str:
-    return ", ".join(str(name) for name in names)
-
-
-def _kind(value: Any) -> str:
-    if value is None:
-        return "empty"
-    return f"{value!r}" if isinstance(value, str | int | float) else f"a {type(value).__name__}"

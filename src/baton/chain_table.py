@@ -17,7 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from baton.chain_file import Table
+from baton.chain_table_file import Table
 
 
 @dataclass(frozen=True)
@@ -84,15 +84,18 @@ def collect(table: Table, runs: Mapping[str, Sequence[tuple[int, Mapping[str, fl
             empty = Cell({}, len(runs[stage[0]]), f"{sum(done)} of {len(done)} runs")
             results[label] = dict.fromkeys(table.metrics, empty)
             continue
-        results[label] = {}
-        for metric in table.metrics:
-            values = {
-                seed: table.scale * number(metrics[metric])
-                for seed, metrics in runs[stage]
-                if metrics is not None and metric in metrics
-            }
-            results[label][metric] = Cell(values, len(runs[stage]))
+        results[label] = {metric: cell_of(table, metric, runs[stage]) for metric in table.metrics}
     return results
+
+
+def cell_of(table: Table, metric: str, runs: Sequence[tuple[int, Mapping[str, float | None] | None]]) -> Cell:
+    """Put the seeds of a stage together for one metric, scaled; one that lacks it or has not finished is left out."""
+    values = {
+        seed: table.scale * number(metrics[metric])
+        for seed, metrics in runs
+        if metrics is not None and metric in metrics
+    }
+    return Cell(values, len(runs))
 
 
 def heading(table: Table, metric: str) -> str:
@@ -238,7 +241,12 @@ def log_to_wandb(name: str, table: Table, results: Results, folder: Path) -> Non
         project = os.environ.get("WANDB_PROJECT", "baton")
         with wandb.init(project=project, group=name, job_type="table", name=f"{name}: table", dir=folder) as run:
             run.log({"table": wandb.Table(columns=["row", *header[1:]], data=list(lines))})
-            for key, picture in {"plot": "table.png", **({"curves": "curves.png"} if table.curves else {})}.items():
+            pictures = {"plot": "table.png"}
+            if table.curves:
+                pictures["curves"] = "curves.png"
+            if table.lines is not None:
+                pictures["lines"] = "lines.png"
+            for key, picture in pictures.items():
                 if (folder / picture).exists():
                     run.log({key: wandb.Image(str(folder / picture))})
     except Exception as error:

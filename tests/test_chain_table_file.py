@@ -1,0 +1,173 @@
+import re
+
+import pytest
+import yaml
+
+from baton.chain_table_file import Lines, Select, read_table
+
+SEEDS = {"teacher": (7,), "pretrain": (0, 1), "finetune": (0, 1), "probe": (1, 0)}
+
+
+def read(text: str):
+    """Read a table written as YAML; ``metric`` may be left out."""
+    return read_table({"metric": "test/error", **yaml.safe_load(text)}, "chain.yaml: table", SEEDS)
+
+
+def test_every_stage_is_a_row_unless_there_are_rows():
+    table = read("{}")
+    assert table.rows == {name: name for name in SEEDS}
+    assert (table.metrics, table.unit, table.scale, table.digits) == (("test/error",), "", 1.0, 2)
+    assert (table.select, table.curves, table.lines) == (None, (), None)
+    table = read("{metric: [a, b], unit: '%', scale: 100, digits: 1, rows: {2: finetune}}")
+    assert (table.metrics, table.unit, table.scale, table.digits) == (("a", "b"), "%", 100.0, 1)
+    assert table.rows == {"2": "finetune"}
+
+
+def test_candidates_and_curves():
+    rows = "rows: {one: teacher, 2: [finetune, pretrain, probe], of one: [pretrain]}"
+    table = read(f"{{{rows}, select: val/error}}")
+    assert table.rows == {"one": "teacher", "2": ("finetune", "pretrain", "probe"), "of one": ("pretrain",)}
+    assert table.stages == ("teacher", "finetune", "pretrain", "probe", "pretrain")
+    assert (table.select, table.curves) == (Select("val/error", "min"), ())
+    table = read(f"{{{rows}, select: {{metric: val/accuracy, mode: max}}, curves: [a, b]}}")
+    assert (table.select, table.curves) == (Select("val/accuracy", "max"), ("a", "b"))
+    assert read("curves: val/error").curves == ("val/error",)
+
+
+def test_lines():
+    text = """
+      rows: {tuned: finetune}
+      lines:
+        x: labels a class
+        rows:
+          tuned: {64: finetune, 0.5: pretrain}
+          3: {0: teacher, -2: finetune}
+    """
+    table = read(text)
+    expected = {"tuned": {0.5: "pretrain", 64: "finetune"}, "3": {-2: "finetune", 0: "teacher"}}
+    assert table.lines == Lines("labels a class", expected, log=False)
+    assert [list(row) for row in table.lines.rows.values()] == [[0.5, 64], [-2, 0]]
+    assert table.lines.numbers == (-2, 0, 0.5, 64)
+    assert table.stages == ("finetune", "pretrain", "finetune", "finetune", "teacher")
+    table = read("lines: {x: a, log: true, rows: {tuned: {1: finetune}}}")
+    assert table.lines == Lines("a", {"tuned": {1: "finetune"}}, log=True)
+    assert table.rows == {name: name for name in SEEDS}
+
+
+def lines(rows: str, log: str = "false") -> str:
+    return f"lines: {{x: labels, log: {log}, rows: {rows}}}"
+
+
+BAD = {
+    "unknown key": ("metrics: x", "table: unknown key 'metrics' (did you mean 'metric'?); known are metric, unit,"),
+    "no metric": ("metric:", "table.metric must be a metric's name such as test/error, or a list, not empty"),
+    "scale": ("scale: 100 %", "table.scale must be a number other than 0, not '100 %'"),
+    "digits": ("digits: 1.5", "table.digits must be a whole number from 0 to 10, not 1.5"),
+    "curves": ("curves: []", "table.curves must be a metric's name such as val/error, or a list, not a list"),
+    "no rows": ("rows: {}", "table.rows must map labels to stages ('from scratch: scratch'), not be empty"),
+    "row": (
+        "rows: {x: finetuen}",
+        "table.rows: 'x' names the stage 'finetuen', which does not exist (did you mean 'fin",
+    ),
+    "row is a mapping": ("rows: {x: {finetune: 1}}", "names the stage {'finetune': 1}, which does not exist"),
+    "candidate": (
+        "{rows: {x: [pretrain, finetuen]}, select: m}",
+        "names the stage 'finetuen', which does not exist (did you mean",
+    ),
+    "candidate twice": (
+        "{rows: {x: [pretrain, pretrain]}, select: m}",
+        "'x' names the stage 'pretrain' twice; list each candidate once",
+    ),
+    "no candidates": ("{rows: {x: []}, select: m}", "table.rows: 'x' lists no stage to choose from"),
+    "candidates' seeds": (
+        "{rows: {x: [pretrain, teacher]}, select: m}",
+        "the candidates of 'x' must have the same seeds, but 'pretrain' has 0, 1 and 'teacher' has 7",
+    ),
+    "no select": ("rows: {x: [pretrain]}", "table.rows: 'x' lists stages to choose from, but no select says how"),
+    "nothing to select": ("select: val/error", "table.select is given, but no row lists stages"),
+    "select": (
+        "{rows: {x: [pretrain]}, select: [val/error]}",
+        "table.select must be a metric's name such as val/error, or",
+    ),
+    "select key": (
+        "{rows: {x: [pretrain]}, select: {metrc: m}}",
+        "table.select: unknown key 'metrc' (did you mean 'metric'?)",
+    ),
+    "select metric": ("{rows: {x: [pretrain]}, select: {mode: min}}", "table.select.metric must be a metric's name"),
+    "select mode": (
+        "{rows: {x: [pretrain]}, select: {metric: m, mode: top}}",
+        "table.select.mode must be min or max, not 'top'",
+    ),
+    "lines": (
+        "lines: [labels]",
+        "table.lines must be a mapping with at least 'x: NAME' and 'rows: …', not a list",
+    ),
+    "lines' key": ("lines: {x: a, logs: true}", "table.lines: unknown key 'logs' (did you mean 'log'?); known are x,"),
+    "no x": (
+        "lines: {rows: {a: {1: probe}}}",
+        "table.lines.x must name the axis, such as 'labels a class', not be emp",
+    ),
+    "x": (
+        "lines: {x: 3, rows: {a: {1: probe}}}",
+        "table.lines.x must name the axis, such as 'labels a class', not be 3",
+    ),
+    "log": (lines("{a: {1: probe}}", log="2"), "table.lines.log must be true or false, not 2"),
+    "log is empty": (lines("{a: {1: probe}}", log=""), "table.lines.log must be true or false, not empty"),
+    "lines without rows": (
+        "lines: {x: a}",
+        "table.lines.rows must map labels to points ('from scratch: {1: scratch}'), not be empty",
+    ),
+    "lines' rows are empty": (lines("{}"), "table.lines.rows must map labels to points"),
+    "lines' rows are a list": (lines("[a]"), "{1: scratch}'), not be a list"),
+    "line is a stage": (
+        lines("{a: probe}"),
+        "table.lines.rows: 'a' must map numbers to stages ('1: scratch'), not be 'probe'",
+    ),
+    "line is empty": (
+        lines("{a: {}}"),
+        "table.lines.rows: 'a' must map numbers to stages ('1: scratch'), not be empty",
+    ),
+    "place is text": (
+        lines("{a: {1: probe, many: finetune}}"),
+        "table.lines.rows: 'a' has a stage at 'many'; the place on the axis must be a number such as 64 or 0.5",
+    ),
+    "place is a bool": (lines("{a: {true: probe}}"), "'a' has a stage at True; the place on the axis must be a number"),
+    "place is nan": (lines("{a: {.nan: probe}}"), "'a' has a stage at nan; the place on the axis must be a number"),
+    "place is infinite": (lines("{a: {-.inf: probe}}"), "'a' has a stage at -inf; the place on the axis must be a"),
+    "place is beyond all floats": (lines(f"{{a: {{{10**309}: probe}}}}"), "; the place on the axis must be a number"),
+    "log of 0": (
+        lines("{a: {1: probe, 0: finetune}}", log="true"),
+        "'a' has a stage at 0, where a logarithmic axis has no place; leave out 'log: true', or give numbers above 0",
+    ),
+    "log of less": (
+        lines("{a: {-0.5: probe}}", log="true"),
+        "'a' has a stage at -0.5, where a logarithmic axis has no",
+    ),
+    "line's stage": (
+        lines("{a: {1: prob}}"),
+        "table.lines.rows: 'a' names the stage 'prob', which does not exist (did you mean 'probe'?)",
+    ),
+    "line's candidates": (lines("{a: {1: [probe]}}"), "names the stage ['probe'], which does not exist"),
+    "line's stage twice": (
+        lines("{a: {1: probe, 2: finetune, 4: probe}}"),
+        "'a' names the stage 'probe' twice; give every stage of a line one number",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_mistake_is_one_sentence_with_file_and_key(case):
+    text, message = BAD[case]
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        read(text)
+    sentence = str(error.value)
+    assert sentence.startswith("chain.yaml: table.") or case == "unknown key"
+    assert sentence.endswith(".")
+    assert "\n" not in sentence
+
+
+def test_a_table_is_a_mapping():
+    with pytest.raises(
+        ValueError, match=r"^chain.yaml: table must be a mapping with at least 'metric: test/error', not"
+    ):
+        read_table(["test/error"], "chain.yaml: table", SEEDS)
