@@ -17,6 +17,8 @@ from torch import nn
 from baton.backbones import list_backbones
 
 LARGE = 6_000_000
+#: Networks that convert RGB themselves.
+RGB_ONLY = {"split_brain"}
 OWN = list_backbones(baton_only=True)
 TIMMS = ["resnet18", "test_resnet", "test_vit", "test_convnext", "test_efficientnet"]
 
@@ -248,8 +250,9 @@ def test_configuration_describes_the_network(name):
         assert len(config[statistic]) in (1, channels, 3)
         assert all(0 <= value <= 1 for value in config[statistic])
     assert model.get_submodule(config["classifier"]) is model.get_classifier()
-    assert isinstance(model.get_submodule(config["first_conv"]), nn.Conv2d)
-    assert model.get_submodule(config["first_conv"]).in_channels == channels
+    if name not in RGB_ONLY:  # whose first convolutions see what it makes of RGB
+        assert isinstance(model.get_submodule(config["first_conv"]), nn.Conv2d)
+        assert model.get_submodule(config["first_conv"]).in_channels == channels
     if name in OWN:
         assert config["architecture"] == name, "no configuration of its own"
 
@@ -257,6 +260,10 @@ def test_configuration_describes_the_network(name):
 @pytest.mark.parametrize("name", OWN + TIMMS)
 def test_other_channels_and_no_classifier(name):
     channels = build(name, "meta").pretrained_cfg["input_size"][0]
+    if name in RGB_ONLY:
+        with pytest.raises(ValueError, match="in_chans must be 3, got 4"):
+            build(name, "meta", in_chans=4)
+        return
     model = build(name, "meta", num_classes=0, in_chans=channels + 1)
     with torch.no_grad():
         pooled = model(images(model, "meta", in_chans=channels + 1))

@@ -8,6 +8,7 @@ from baton.backbones import (  # noqa: F401  (importing registers)
     autoresolution_image,
     autoresolution_patch,
     fully_convolutional,
+    split_brain,
     wide_resnet,
     wide_resnet_imagenet,
 )

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from baton.layers.color_space import from_rgb, to_rgb
+from baton.layers.color_space import from_rgb, full_precision, to_rgb
 
 QuantizedSpace = Literal["rgb", "lab", "lab_rescaled", "lab_gamut"]
 
@@ -73,7 +73,7 @@ class ColorQuantizer(nn.Module):
     def channels(self, rgb: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 s s"]:
         """The small image in the coordinates of the colour space, before its colours become classes."""
         channels = from_rgb(rgb, self.color_space)
-        with torch.autocast(rgb.device.type, enabled=False):
+        with full_precision(rgb.device):
             return F.interpolate(channels, (self.size, self.size), mode="bilinear", antialias=True)
 
     def forward(self, rgb: Float[Tensor, "b 3 h w"]) -> tuple[Int[Tensor, "b s s"], Int[Tensor, "b s s"]]:
