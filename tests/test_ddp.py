@@ -27,6 +27,10 @@ TASKS = {
         "--model.norm=false", "--model.patch_backbone=autoresolution_patch_rf9",
         "--model.patch_backbone_kwargs={norm: false, width: 0.2}", "--model.head_width=8",
     ],
+    "SplitBrain": [
+        "--model.backbone=split_brain", "--model.backbone_kwargs={base: test_vit, base_kwargs: {img_size: 32}}",
+        "--model.bins=[10, 4]", "--model.size=4",
+    ],
 }  # fmt: skip
 NORM_FREE = ["--model.backbone=test_vit", "--model.backbone_kwargs={img_size: 32}"]
 TWO = ["--trainer.devices=2", "--trainer.strategy=ddp"]

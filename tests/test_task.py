@@ -12,7 +12,7 @@ from baton.backbones import create_backbone
 from baton.handover import read_source, write_model
 from baton.optim import LRScheduler, Optimizer
 from baton.random_state import fixed_randomness
-from baton.ssl_tasks import Autoresolution, Denoising
+from baton.ssl_tasks import Autoresolution, Denoising, SplitBrain
 from baton.supervised import Classification
 from baton.task import Task
 from tiny import WRN, Arrays, Rows, fit, same, state, trainer
@@ -140,6 +140,7 @@ def test_no_step_between_logs_waits_for_the_device(kind, monkeypatch):
         "denoising": lambda: Denoising(**WRN),
         "matching": lambda: Autoresolution(**PATCHES, **WRN),
         "locating": lambda: Autoresolution("regression", **PATCHES, **WRN),
+        "split_brain": lambda: SplitBrain(size=4, backbone="split_brain", backbone_kwargs={"base": "test_resnet"}),
         "classification": lambda: Classification(**WRN),
         "head_only": lambda: Classification(head_only_steps=3, **WRN),
         "smoothed": lambda: Classification(label_smoothing=0.1, head_drop_rate=0.5, **WRN),

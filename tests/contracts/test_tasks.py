@@ -32,8 +32,15 @@ NEEDS: dict[str, list[str]] = {
         "--model.patch_backbone=autoresolution_patch_rf9", "--model.patch_backbone_kwargs={{width: 0.2}}",
         "--model.super_patch=12", "--model.low_resolution_factor=2", "--model.head_width=8",
     ],
+    "SplitBrain": ["--model.space=lab", "--model.bins=[10, 4]", "--model.size=4"],
 }  # fmt: skip
-BACKBONE = ["--model.backbone=wide_resnet", "--model.backbone_kwargs={depth: 10, width: 1, drop_rate: 0.1}"]
+KWARGS = {"depth": 10, "width": 1, "drop_rate": 0.1}
+#: Every pair of tasks hands over one of these; only some tasks need a pair of networks.
+BACKBONES = {
+    "wide_resnet": KWARGS,
+    "split_brain": {"base": "wide_resnet", "base_kwargs": KWARGS, "space": "lab"},
+}
+NEEDS_PAIR = {"SplitBrain"}
 
 
 def test_there_are_tasks_and_all_are_final():
@@ -52,18 +59,26 @@ def run_of(tmp_path_factory):
     """The folder of a task's run: one epoch on tiny images, through the command."""
     root = tmp_path_factory.mktemp("runs")
 
+    def run(name: str, backbone: str = "") -> Path:
+        return made(name, backbone or backbone_of(name))
+
     @functools.cache
-    def run(name: str) -> Path:
+    def made(name: str, backbone: str) -> Path:
+        chosen = [f"--model.backbone={backbone}", f"--model.backbone_kwargs={BACKBONES[backbone]}"]
         needs = [option.format_map(_Runs(run)) for option in NEEDS.get(name, [])]
         assert cli.main([
-            "fit", f"--model={name}", *BACKBONE, *needs, "--model.optimizer.lr=0.01",
+            "fit", f"--model={name}", *chosen, *needs, "--model.optimizer.lr=0.01",
             "--data=Shapes", "--data.size=16", "--data.length=20", "--data.val_length=9", "--data.test_length=9",
             "--data.batch_size=8", "--trainer.max_epochs=1", "--trainer.accelerator=cpu",
-            f"--run.root={root}", f"--run.name={name}", "--run.wandb=false", "--run.test=true",
+            f"--run.root={root}", f"--run.name={name}-{backbone}", "--run.wandb=false", "--run.test=true",
         ]) == 0  # fmt: skip
-        return root / name
+        return root / f"{name}-{backbone}"
 
     return run
+
+
+def backbone_of(*names: str) -> str:
+    return "split_brain" if NEEDS_PAIR & set(names) else "wide_resnet"
 
 
 class _Runs(dict):
@@ -101,13 +116,15 @@ def test_the_handed_over_bytes_are_the_trained_ones(name, run_of):
     assert same(handed, in_memory(run))
     theirs = timm.create_model(f"local-dir:{run / 'model'}", pretrained=True)
     assert same(handed, state(theirs))
-    fresh = timm.create_model("wide_resnet", depth=10, width=1, num_classes=theirs.num_classes)
-    assert not torch.equal(fresh.stem.weight, theirs.stem.weight)
+    backbone = backbone_of(name)
+    fresh = timm.create_model(backbone, **BACKBONES[backbone], num_classes=theirs.num_classes)
+    assert not same(state(fresh), handed)
 
 
 @pytest.mark.parametrize(("first", "second"), list(itertools.product(TASKS, TASKS)))
 def test_every_task_goes_on_from_every_task(first, second, run_of, capsys):
-    run = run_of(first)
+    backbone = backbone_of(first, second)
+    run = run_of(first, backbone)
     needs = [option.format_map(_Runs(run_of)) for option in NEEDS.get(second, [])]
     options = {key.removeprefix("--model."): yaml.safe_load(value) for key, value in (n.split("=", 1) for n in needs)}
     capsys.readouterr()
@@ -118,8 +135,8 @@ def test_every_task_goes_on_from_every_task(first, second, run_of, capsys):
     assert same({name: value for name, value in before.items() if name not in classifier}, state(task.backbone))
     count = len(before) - len(classifier)
     assert f"{count} of {count} tensors" in capsys.readouterr().out
-    assert task.hparams["backbone"] == "wide_resnet"
-    assert task.hparams["backbone_kwargs"] == {"depth": 10, "width": 1, "drop_rate": 0.1}
+    assert task.hparams["backbone"] == backbone
+    assert task.hparams["backbone_kwargs"] == BACKBONES[backbone]
     assert task.parent["sha256"] == read_source(run).sha256
 
 

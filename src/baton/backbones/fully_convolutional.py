@@ -23,6 +23,9 @@ from torchvision.models.resnet import BasicBlock
 from baton.backbones.autoresolution_tower import check_tower, scaled_width
 from baton.backbones.staged import StagedNetwork
 
+#: The networks whose last map holds the logits of every cell.
+PREDICTORS = ("simplenet", "fc_alexnet", "fc_resnet18")
+
 
 class FullyConvolutional(StagedNetwork):
     """Base: the last stage's map holds the logits; a classifier on top of it is drawn as PyTorch draws it."""

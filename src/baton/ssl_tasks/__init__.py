@@ -3,3 +3,4 @@
 from baton.ssl_tasks.autoresolution import Autoresolution as Autoresolution
 from baton.ssl_tasks.color_quantizer import ColorQuantizer as ColorQuantizer
 from baton.ssl_tasks.denoising import Denoising as Denoising
+from baton.ssl_tasks.split_brain import SplitBrain as SplitBrain

@@ -1,0 +1,148 @@
+"""Split-brain: losses against loops, halves that share nothing, grey images, baselines, what is refused."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from baton.ssl_tasks import SplitBrain
+from tiny import Arrays, fit
+
+PAIR = {"backbone": "split_brain", "backbone_kwargs": {"base": "wide_resnet", "base_kwargs": {"depth": 10, "width": 1}}}
+
+
+def task(space="lab_rescaled", **kwargs):
+    torch.manual_seed(0)
+    return SplitBrain(space, **{"bins": (7, 3), "size": 5, **PAIR, **kwargs})
+
+
+def images(count=3, side=17):
+    return torch.rand(count, 3, side, side, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("space", ["rgb", "lab", "lab_rescaled", "lab_gamut"])
+def test_losses_equal_a_loop_over_cells_with_gradients(space):
+    one, two = task(space).double().eval(), task(space).double().eval()
+    batch = images(), torch.zeros(3)
+    losses = one.losses(batch)
+    first, rest = two.quantizer(batch[0])
+    to_first, to_rest = two(batch[0])
+    assert to_first.shape == (3, 7, 5, 5)
+    assert to_rest.shape == (3, two.quantizer.num_classes[1], 5, 5)
+    expected = {"first": 0.0, "rest": 0.0}
+    right = {"first": 0, "rest": 0}
+    weights, classes = two.quantizer.soft(two.quantizer.channels(batch[0])) if space == "lab_gamut" else (None, None)
+    for b in range(3):
+        for y in range(5):
+            for x in range(5):
+                for name, logits, target in (("first", to_first, first), ("rest", to_rest, rest)):
+                    log = F.log_softmax(logits[b, :, y, x], 0)
+                    right[name] += int(log.argmax() == target[b, y, x])
+                    if name == "rest" and weights is not None:
+                        expected[name] -= (weights[b, :, y, x] * log[classes[b, :, y, x]]).sum() / 75
+                    else:
+                        expected[name] -= log[target[b, y, x]] / 75
+    for name in ("first", "rest"):
+        # the task computes its losses in float32, as under autocast
+        torch.testing.assert_close(losses[f"loss_{name}"].double(), expected[name], atol=1e-5, rtol=1e-5)
+        assert losses[f"accuracy_{name}"].item() == pytest.approx(right[name] / 75)
+    torch.testing.assert_close(losses["loss"].double(), expected["first"] + expected["rest"], atol=1e-5, rtol=1e-5)
+    losses["loss"].backward()
+    (expected["first"] + expected["rest"]).backward()
+    for a, b in zip(one.parameters(), two.parameters(), strict=True):
+        if b.grad is not None:
+            torch.testing.assert_close(a.grad, b.grad, atol=1e-5, rtol=1e-3)
+
+
+def test_gradients_of_one_half_never_touch_the_other():
+    for own, other, loss, predictor in (("first", "rest", "loss_rest", 0), ("rest", "first", "loss_first", 1)):
+        model = task()
+        model.losses((images().float(), torch.zeros(3)))[loss].backward()
+        backbone = model.backbone
+        assert any(p.grad is not None and p.grad.any() for p in getattr(backbone, own).parameters())
+        assert not any(p.grad is not None and p.grad.any() for p in getattr(backbone, other).parameters())
+        assert model.predictors[predictor].weight.grad.any()
+        idle = model.predictors[1 - predictor].weight.grad
+        assert idle is None or not idle.any()
+
+
+def test_networks_that_predict_cells_need_no_predictor():
+    kwargs = {"base": "simplenet", "base_kwargs": {"padded": True, "width": 0.2}}
+    model = task("lab", backbone_kwargs=kwargs)
+    assert model.hparams["backbone_kwargs"] == {"space": "lab", "out_chans": [9, 7], **kwargs}
+    assert all(isinstance(p, torch.nn.Identity) for p in model.predictors)
+    assert [logits.shape[1] for logits in model(images(2, 32).float())] == [7, 9]
+    with pytest.raises(ValueError, match="predicts 4 and 4 classes, but space, bins and size ask for 9 and 7"):
+        task("lab", backbone_kwargs={**kwargs, "out_chans": [4, 4]})
+
+
+def test_grey_images_contribute_nothing_and_are_counted():
+    model = task().eval()
+    colored = images(2).float()
+    grey = torch.full((2, 3, 17, 17), 0.5) + 0.3 * torch.rand(2, 1, 17, 17)
+    alone = model.losses((colored, torch.zeros(2)))
+    mixed = model.losses((torch.cat([colored, grey]), torch.zeros(4)))
+    torch.testing.assert_close(mixed["loss"], alone["loss"] / 2)
+    assert mixed["grey"] == 0.5
+    assert model.losses((grey, torch.zeros(2)))["loss"] == 0
+
+
+class Grey(Arrays):
+    """Every image, or all but one, is grey."""
+
+    keep = 0
+
+    def sources(self):
+        train, val, test = super().sources()
+        train.images[self.keep :] = train.images[self.keep :, :1]
+        return train, val, test
+
+
+def test_a_set_of_grey_images_is_refused_and_a_mixed_one_counted(capsys):
+    with pytest.raises(ValueError, match="All of 20 training images looked at are grey"):
+        fit(task(), Grey())
+    mixed = Grey()
+    mixed.keep = 15
+    rows = fit(task(), mixed, log_every_n_steps=1)
+    assert "5 of 20 training images looked at are grey" in capsys.readouterr().out
+    assert sum(rows.column("train/grey")[:2]) > 0
+
+
+@pytest.mark.parametrize("space", ["rgb", "lab", "lab_rescaled", "lab_gamut"])
+def test_every_space_trains_and_measures_colours_against_the_mean(space):
+    model = task(space)
+    rows = fit(model, Arrays(20, val=9), epochs=3, log_every_n_steps=1)
+    losses = rows.column("train/loss")
+    assert losses[-1] < losses[0]
+    assert rows.column("val/delta_e_mean")[0] == pytest.approx(rows.column("val/delta_e_mean")[-1])
+    small = model.quantizer.channels(torch.rand(2, 3, 16, 16))
+    assert model.mean_color.shape == (2,)
+    assert small[:, 1:].mean((0, 2, 3)).sub(model.mean_color).abs().max() < 30
+    assert set(rows.rows[-1][1]) >= {"val/loss", "val/accuracy_first", "val/accuracy_rest", "val/delta_e", "val/grey"}
+
+
+def test_a_perfect_prediction_has_the_error_of_the_bins_alone(monkeypatch):
+    model = task("lab", bins=(100, 50))
+    picture = images(2).float()
+    targets = model.quantizer(picture)
+    hot = [F.one_hot(c, n).movedim(-1, 1) * 1e4 for c, n in zip(targets, model.quantizer.num_classes, strict=True)]
+    monkeypatch.setattr(SplitBrain, "forward", lambda self, images: tuple(h.float() for h in hot))
+    predicted = model.predict((picture, torch.zeros(2)))
+    assert predicted["delta_e"].max() < 3  # half a bin's diagonal
+    expected = model.quantizer.to_rgb(model.quantizer.channels(picture))
+    assert (predicted["colors"] - expected).abs().max() < 0.06
+
+
+def test_pictures_have_five_rows():
+    picture = task().eval().pictures((images(4).float(), torch.zeros(4)))["colors"]
+    assert picture.shape == (3, 5 * 19 + 2, 4 * 19 + 2)
+    assert picture.min() >= 0
+    assert picture.max() <= 1
+
+
+def test_what_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="SplitBrain needs the backbone split_brain"):
+        SplitBrain(backbone="wrn_16_1")
+    with pytest.raises(ValueError, match="The targets are in lab, but the backbone sees rgb"):
+        task("lab", backbone_kwargs={"base": "test_resnet", "space": "rgb"})
+    with pytest.raises(ValueError, match="must be two numbers"):
+        task(bins=(1, 2, 3))
