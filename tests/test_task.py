@@ -112,7 +112,9 @@ PATCHES = {"super_patch": 12, "low_resolution_factor": 2, "patch_backbone": "aut
 SYNCHRONISING = ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__float__", "__int__", "__index__")
 
 
-@pytest.mark.parametrize("kind", ["denoising", "classification", "head_only", "smoothed", "matching", "locating", "split_brain"])
+@pytest.mark.parametrize(
+    "kind", ["denoising", "classification", "head_only", "smoothed", "matching", "locating", "split_brain"]
+)
 def test_no_step_between_logs_waits_for_the_device(kind, monkeypatch):
     calls, where = [], [None]
 
