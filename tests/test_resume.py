@@ -19,13 +19,17 @@ TASKS = {
         "--model", "Autoresolution", "--model.super_patch=12", "--model.low_resolution_factor=2",
         "--model.patch_backbone=autoresolution_patch_rf9", "--model.patch_backbone_kwargs={width: 0.1}",
     ],
+    "split_brain": [
+        "--model", "SplitBrain", "--model.backbone=split_brain", "--model.size=4",
+        "--model.backbone_kwargs={base: wide_resnet, base_kwargs: {depth: 10, width: 1, drop_rate: 0.3}}",
+    ],
 }  # fmt: skip
 
 
 def command(task: str, root: Path, *more: str) -> list[str]:
     return [
-        "fit", *TASKS[task],
-        "--model.backbone=wide_resnet", "--model.backbone_kwargs={depth: 10, width: 1, drop_rate: 0.3}",
+        "fit", "--model.backbone=wide_resnet", "--model.backbone_kwargs={depth: 10, width: 1, drop_rate: 0.3}",
+        *TASKS[task],
         "--model.optimizer.lr=0.05", "--model.lr_scheduler={name: cosine, warmup_epochs: 1.0}",
         "--data=Shapes", "--data.size=16", "--data.length=60", "--data.val_length=12", "--data.test_length=12",
         "--data.batch_size=8",

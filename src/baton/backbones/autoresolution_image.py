@@ -22,7 +22,8 @@ from jaxtyping import Float
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from baton.backbones.autoresolution_tower import Tower, check_tower, scaled_width
+from baton.backbones.autoresolution_tower import Tower
+from baton.backbones.staged import check_options, scaled_width
 from baton.layers.conv_relu import ConvReLU
 
 #: 1×1 | 1×1 and 3×3 | 1×1 and 5×5 | 1×1 after the pooling: GoogLeNet's table 1, rows 3a, 3b, 4a, 4c, 5a, 5b.
@@ -97,7 +98,7 @@ class AutoresolutionImage(Tower):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_tower(width, drop_rate)
+        check_options(width, drop_rate)
         if stem not in ("small", "large"):
             raise ValueError(f"Expected stem 'small' or 'large', but got {stem!r}.")
         options: dict[str, Any] = {"norm": norm, "device": device, "dtype": dtype}

@@ -18,7 +18,8 @@ import torch
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
-from baton.backbones.autoresolution_tower import Tower, check_tower, scaled_width
+from baton.backbones.autoresolution_tower import Tower
+from baton.backbones.staged import check_options, scaled_width
 from baton.layers.conv_relu import ConvReLU
 
 CONVOLUTIONS = 17
@@ -95,7 +96,7 @@ class AutoresolutionPatch(Tower):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_tower(width, drop_rate)
+        check_options(width, drop_rate)
         a, b = split_receptive_field(receptive_field, stride)
         self.receptive_field, self.stride = receptive_field, stride
         options: dict[str, Any] = {"padding": 0, "norm": norm, "device": device, "dtype": dtype}

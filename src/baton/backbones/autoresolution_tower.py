@@ -1,4 +1,4 @@
-"""What the two towers of autoresolution networks share: widths, initialisation, dropout before the classifier.
+"""What the two towers of autoresolution networks share: initialisation.
 
 Pereyra and Szegedy, "Deep autoresolution networks" (2016), section 2. No code of the paper exists.
 """
@@ -30,20 +30,3 @@ class Tower(StagedNetwork):
         """Draw a softmax layer that answers all classes alike at first."""
         nn.init.normal_(linear.weight, std=0.01)
         nn.init.zeros_(linear.bias)
-
-
-def scaled_width(channels: int, width: float) -> int:
-    """Channels times a width multiplier, at least 4."""
-    return max(round(channels * width), 4)
-
-
-def check_tower(width: float, drop_rate: float) -> None:
-    """Refuse what cannot be built.
-
-    Raises:
-        ValueError: for a width of 0 or less, or a drop rate outside [0, 1).
-    """
-    if width <= 0:
-        raise ValueError(f"Expected a width multiplier above 0, but got {width}.")
-    if not 0 <= drop_rate < 1:
-        raise ValueError(f"Expected drop_rate in [0, 1), but got {drop_rate}.")

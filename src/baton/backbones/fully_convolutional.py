@@ -13,6 +13,7 @@ the logits. A stage each:
 Convolutions of the first two have biases and PyTorch's initialisation, those of the third Kaiming's over the fan-out.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,11 +21,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import nn
 from torchvision.models.resnet import BasicBlock
 
-from baton.backbones.autoresolution_tower import check_tower, scaled_width
-from baton.backbones.staged import StagedNetwork
-
-#: The networks whose last map holds the logits of every cell.
-PREDICTORS = ("simplenet", "fc_alexnet", "fc_resnet18")
+from baton.backbones.staged import StagedNetwork, check_options, scaled_width
 
 
 class FullyConvolutional(StagedNetwork):
@@ -54,23 +51,72 @@ class FullyConvolutional(StagedNetwork):
         linear.reset_parameters()
 
 
-class SimpleNet(FullyConvolutional):
-    """Five convolutions, 389,440 parameters without a classifier for one input channel (layout: see the module).
+@dataclass(frozen=True)
+class Row:
+    """One convolution of a `ConvNet`.
+
+    Attributes:
+        width: channels; 0 is the last convolution's, which has neither BatchNorm nor ReLU.
+        kernel: side in pixels.
+        reduction: how much smaller than the image its map is.
+        stride: of the convolution.
+        padding: of the convolution.
+        dilation: of the convolution.
+        pool: stride of a 3 × 3 maximum before it; 0: none.
+        border: cells the map lacks because of missing padding.
+    """
+
+    width: int
+    kernel: int
+    reduction: int
+    stride: int = 1
+    padding: int = 0
+    dilation: int = 1
+    pool: int = 0
+    border: int = 0
+
+
+SIMPLENET = (
+    Row(12, 4, 2, stride=2, padding=1),
+    Row(24, 4, 4, stride=2, padding=1),
+    Row(48, 5, 4, border=4),
+    Row(96, 5, 4, border=8),
+    Row(0, 5, 4, border=12),
+)
+FC_ALEXNET = (
+    Row(96, 10, 2, stride=2, padding=1, border=3),
+    Row(256, 5, 4, padding=2, pool=2, border=1),
+    Row(384, 3, 8, padding=1, pool=2),
+    Row(384, 3, 8, padding=1),
+    Row(256, 3, 8, padding=1),
+    Row(4096, 7, 8, padding=6, dilation=2, pool=1),
+    Row(4096, 1, 8),
+    Row(0, 1, 8),
+)
+
+
+class ConvNet(FullyConvolutional):
+    """A row of convolutions (layout: see the module).
 
     Args:
+        rows: the convolutions.
         width: multiplier of all widths but the last.
         out_chans: channels of the last map.
-        padded: keep the map's size in the 5 × 5 convolutions, for images of fewer than 64 pixels.
+        padded: pad what the rows leave unpadded, for images of fewer than 64 pixels.
         drop_rate: dropout before the classifier.
         num_classes: size of the classifier's output; 0 leaves the classifier out.
         in_chans: image channels.
         global_pool: timm's pooling type, or `map12`; `""` keeps the map and needs `num_classes=0`.
         device: where the parameters are made.
         dtype: type of the parameters.
+
+    Raises:
+        ValueError: for a width, drop rate or pooling that cannot be built.
     """
 
     def __init__(
         self,
+        rows: tuple[Row, ...],
         width: float = 1.0,
         out_chans: int = 100,
         padded: bool = False,
@@ -82,70 +128,21 @@ class SimpleNet(FullyConvolutional):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_tower(width, drop_rate)
+        check_options(width, drop_rate)
         placed: dict[str, Any] = {"device": device, "dtype": dtype}
-        widths = [scaled_width(channels, width) for channels in (12, 24, 48, 96)] + [out_chans]
-        names, info, channels = tuple(f"conv{number}" for number in range(1, 6)), [], in_chans
-        for index, (name, out) in enumerate(zip(names, widths, strict=True)):
-            kernel, stride, padding = (4, 2, 1) if index < 2 else (5, 1, 2 if padded else 0)
-            layers: list[nn.Module] = [nn.Conv2d(channels, out, kernel, stride, padding, **placed)]
-            if index < 4:
+        info, channels = [], in_chans
+        for number, row in enumerate(rows, start=1):
+            fill = padded and not row.padding
+            padding = row.kernel // 2 if fill else row.padding
+            out = scaled_width(row.width, width) if row.width else out_chans
+            layers: list[nn.Module] = [nn.MaxPool2d(3, row.pool, 1)] if row.pool else []
+            layers.append(nn.Conv2d(channels, out, row.kernel, row.stride, padding, row.dilation, **placed))
+            if row.width:
                 layers += [nn.BatchNorm2d(out, **placed), nn.ReLU()]
-            self.add_module(name, nn.Sequential(*layers))
-            info.append((out, 2 if index == 0 else 4, 0 if padded else 4 * max(index - 1, 0)))
+            self.add_module(f"conv{number}", nn.Sequential(*layers))
+            info.append((out, row.reduction, 0 if fill else row.border))
             channels = out
-        self._end(names, info, num_classes, global_pool, drop_rate)
-
-
-class FCAlexNet(FullyConvolutional):
-    """AlexNet without fully connected layers and groups, 72 M parameters (layout: see the module).
-
-    Args:
-        width: multiplier of all widths but the last.
-        out_chans: channels of the last map.
-        drop_rate: dropout before the classifier.
-        num_classes: size of the classifier's output; 0 leaves the classifier out.
-        in_chans: image channels.
-        global_pool: timm's pooling type, or `map12`; `""` keeps the map and needs `num_classes=0`.
-        device: where the parameters are made.
-        dtype: type of the parameters.
-    """
-
-    def __init__(
-        self,
-        width: float = 1.0,
-        out_chans: int = 100,
-        drop_rate: float = 0.0,
-        num_classes: int = 1000,
-        in_chans: int = 3,
-        global_pool: str = "avg",
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        check_tower(width, drop_rate)
-        placed: dict[str, Any] = {"device": device, "dtype": dtype}
-        # width, kernel, stride, padding, dilation; stride of the pooling before it (0: none); reduction, border
-        rows = [
-            (96, 10, 2, 1, 1, 0, 2, 3),
-            (256, 5, 1, 2, 1, 2, 4, 1),
-            (384, 3, 1, 1, 1, 2, 8, 0),
-            (384, 3, 1, 1, 1, 0, 8, 0),
-            (256, 3, 1, 1, 1, 0, 8, 0),
-            (4096, 7, 1, 6, 2, 1, 8, 0),
-            (4096, 1, 1, 0, 1, 0, 8, 0),
-            (0, 1, 1, 0, 1, 0, 8, 0),
-        ]
-        names, info, channels = tuple(f"conv{number}" for number in range(1, 9)), [], in_chans
-        for name, (wide, kernel, stride, padding, dilation, pool, reduction, border) in zip(names, rows, strict=True):
-            out = scaled_width(wide, width) if wide else out_chans
-            layers: list[nn.Module] = [nn.MaxPool2d(3, pool, 1)] if pool else []
-            layers.append(nn.Conv2d(channels, out, kernel, stride, padding, dilation, **placed))
-            if wide:
-                layers += [nn.BatchNorm2d(out, **placed), nn.ReLU()]
-            self.add_module(name, nn.Sequential(*layers))
-            info.append((out, reduction, border))
-            channels = out
+        names = tuple(f"conv{number}" for number in range(1, len(rows) + 1))
         self._end(names, info, num_classes, global_pool, drop_rate)
 
 
@@ -175,7 +172,7 @@ class FCResNet18(FullyConvolutional):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_tower(width, drop_rate)
+        check_options(width, drop_rate)
         widths = [scaled_width(channels, width) for channels in (64, 128, 256)] + [out_chans]
         channels = widths[0]
         self.stem = nn.Sequential(
@@ -222,24 +219,23 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create(cls: type[FullyConvolutional], variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
-    stages = {"simplenet": 5, "fc_alexnet": 8, "fc_resnet18": 5}[variant]
+def _create(cls: type[FullyConvolutional], variant: str, pretrained: bool, stages: int, **kwargs: Any) -> nn.Module:
     return build_model_with_cfg(cls, variant, pretrained, feature_cfg={"out_indices": tuple(range(stages))}, **kwargs)
 
 
 @register_model
 def simplenet(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Five convolutions of the split-brain poster."""
-    return _create(SimpleNet, "simplenet", pretrained, **kwargs)
+    """Five convolutions of the split-brain poster: 389,440 parameters without a classifier for one input channel."""
+    return _create(ConvNet, "simplenet", pretrained, len(SIMPLENET), rows=SIMPLENET, **kwargs)
 
 
 @register_model
 def fc_alexnet(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Fully convolutional AlexNet of the split-brain poster."""
-    return _create(FCAlexNet, "fc_alexnet", pretrained, **kwargs)
+    """AlexNet without fully connected layers and groups, of the same poster: 72,316,420 parameters."""
+    return _create(ConvNet, "fc_alexnet", pretrained, len(FC_ALEXNET), rows=FC_ALEXNET, **kwargs)
 
 
 @register_model
 def fc_resnet18(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Fully convolutional ResNet-18 of the split-brain poster."""
-    return _create(FCResNet18, "fc_resnet18", pretrained, **kwargs)
+    """ResNet-18 at one resolution, of the same poster: 3,303,512 parameters."""
+    return _create(FCResNet18, "fc_resnet18", pretrained, 5, **kwargs)

@@ -19,6 +19,9 @@ from baton.backbones.headed import HeadedNetwork
 from baton.layers.color_space import Space, from_rgb, to_unit
 
 HALVES = ("first", "rest")
+DEFAULT_BASE = "fc_resnet18"
+#: Bases whose last map holds the logits of every cell, as many as `out_chans` says.
+PREDICTORS = ("simplenet", "fc_alexnet", "fc_resnet18")
 
 
 class SplitBrain(HeadedNetwork):
@@ -43,7 +46,7 @@ class SplitBrain(HeadedNetwork):
 
     def __init__(
         self,
-        base: str = "fc_resnet18",
+        base: str = DEFAULT_BASE,
         base_kwargs: dict[str, Any] | None = None,
         space: Space = "lab",
         out_chans: Sequence[int] | None = None,
@@ -60,6 +63,7 @@ class SplitBrain(HeadedNetwork):
         if space not in ("lab", "rgb"):
             raise ValueError(f"Expected space 'lab' or 'rgb', but got {space!r}.")
         self.space: Space = space
+        self.predicts_cells = base in PREDICTORS
         for index, (name, channels) in enumerate(zip(HALVES, (1, 2), strict=True)):
             kwargs = {**(base_kwargs or {}), "in_chans": channels, "num_classes": 0}
             if out_chans is not None:

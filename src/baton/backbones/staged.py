@@ -145,3 +145,20 @@ class StagedNetwork(HeadedNetwork):
         for name in self.stage_names:
             x = self._run(name, x)
         return self.act(self.norm(x))
+
+
+def scaled_width(channels: int, width: float) -> int:
+    """Channels times a width multiplier, at least 4."""
+    return max(round(channels * width), 4)
+
+
+def check_options(width: float, drop_rate: float) -> None:
+    """Refuse what cannot be built.
+
+    Raises:
+        ValueError: for a width of 0 or less, or a drop rate outside [0, 1).
+    """
+    if width <= 0:
+        raise ValueError(f"Expected a width multiplier above 0, but got {width}.")
+    if not 0 <= drop_rate < 1:
+        raise ValueError(f"Expected drop_rate in [0, 1), but got {drop_rate}.")

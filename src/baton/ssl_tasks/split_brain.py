@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection
 from torchvision.utils import make_grid
 
-from baton.backbones.fully_convolutional import PREDICTORS
+from baton.backbones.split_brain import DEFAULT_BASE, PREDICTORS
 from baton.data.images import Batch
 from baton.layers.color_space import from_rgb
 from baton.ssl_tasks.color_quantizer import ColorQuantizer, QuantizedSpace
@@ -52,42 +52,43 @@ class SplitBrain(Task):
         if len(bins) != 2:
             raise ValueError(f"model.bins must be two numbers, of the first channel and of the others, got {bins}.")
         quantizer = ColorQuantizer(space, (bins[0], bins[1]), size)
-        classes = quantizer.num_classes
-        given = kwargs.get("backbone_kwargs") or {}
         if kwargs.get("backbone") == "split_brain" and not kwargs.get("init_from"):
-            fitting: dict[str, Any] = {"space": quantizer.color_space}
-            if given.get("base", "fc_resnet18") in PREDICTORS:
-                fitting["out_chans"] = [classes[1], classes[0]]
-            kwargs["backbone_kwargs"] = {**fitting, **given}
+            given = kwargs.get("backbone_kwargs") or {}
+            outputs = {"out_chans": [*reversed(quantizer.num_classes)]}
+            fitting = outputs if given.get("base", DEFAULT_BASE) in PREDICTORS else {}
+            kwargs["backbone_kwargs"] = {"space": quantizer.color_space, **fitting, **given}
         super().__init__(**kwargs)
-        if not hasattr(self.backbone, "half_features"):
-            name = self.hparams["backbone"]
-            raise ValueError(
-                f"SplitBrain needs the backbone split_brain, two halves of any network, but got {name}: use "
-                f"--model.backbone split_brain --model.backbone_kwargs '{{base: {name}}}'."
-            )
-        if self.backbone.space != quantizer.color_space:
-            raise ValueError(
-                f"The targets are in {quantizer.color_space}, but the backbone sees {self.backbone.space}: use another "
-                "model.space, or another backbone."
-            )
         self.quantizer = quantizer
-        built = self.hparams["backbone_kwargs"] or {}
-        own = built.get("base", "fc_resnet18") in PREDICTORS
-        channels = self.backbone.half_features
-        if own and channels != (classes[1], classes[0]):
-            raise ValueError(
-                f"The backbone predicts {channels[0]} and {channels[1]} classes, but space, bins and size ask for "
-                f"{classes[1]} and {classes[0]}: set model.bins, or out_chans in model.backbone_kwargs."
-            )
-        wanted = ((channels[0], classes[1]), (channels[1], classes[0]))
-        self.predictors = nn.ModuleList(nn.Identity() if own else nn.Conv2d(i, o, 1) for i, o in wanted)
-        #: of the training images: what always answering the same colour would say
+        self.predictors = self._make_predictors()
+        #: mean over the training images, between the outer edges of the bins: the answer of one who sees nothing
         self.register_buffer("mean_color", torch.zeros(2))
         self.metrics = MetricCollection(
             {name: MeanMetric("ignore") for name in ("loss", "loss_first", "loss_rest", "accuracy_first",
              "accuracy_rest", "delta_e", "delta_e_mean")}, compute_groups=False,
         )  # fmt: skip
+
+    def _make_predictors(self) -> nn.ModuleList:
+        """What turns the halves' last maps into logits, once it is sure that the backbone fits the targets."""
+        backbone, quantizer, name = self.backbone, self.quantizer, self.hparams["backbone"]
+        if not hasattr(backbone, "half_features"):
+            raise ValueError(
+                f"SplitBrain needs the backbone split_brain, two halves of any network, but got {name}: use "
+                f"--model.backbone split_brain --model.backbone_kwargs '{{base: {name}}}'."
+            )
+        if backbone.space != quantizer.color_space:
+            raise ValueError(
+                f"The targets are in {quantizer.color_space}, but the backbone sees {backbone.space}: use another "
+                "model.space, or another backbone."
+            )
+        (to_rest, to_first), (first, rest) = backbone.half_features, quantizer.num_classes
+        if not backbone.predicts_cells:
+            return nn.ModuleList([nn.Conv2d(to_rest, rest, 1), nn.Conv2d(to_first, first, 1)])
+        if (to_rest, to_first) != (rest, first):
+            raise ValueError(
+                f"The backbone predicts {to_rest} and {to_first} classes, but model.space and model.bins ask for "
+                f"{rest} and {first}: change these, or out_chans in model.backbone_kwargs."
+            )
+        return nn.ModuleList([nn.Identity(), nn.Identity()])
 
     def build(self) -> None:
         """Look at training images: is there any colour, and which is its mean?"""
@@ -101,7 +102,9 @@ class SplitBrain(Task):
             images = data.to_float(data.train_set.__getitems__(places[begin : begin + 100])[0])
             images = images[_colored(images)].to(self.device)
             if len(images):
-                sums += self.quantizer.channels(images)[:, 1:].mean((2, 3)).sum(0).cpu()
+                small = self.quantizer.channels(images)
+                low, high = (bound[:, 1:] for bound in self.quantizer.bounds(small))
+                sums += ((small[:, 1:].mean((2, 3)) - low) / (high - low)).sum(0).cpu()
             colored += len(images)
         if not colored:
             raise ValueError(
@@ -121,7 +124,8 @@ class SplitBrain(Task):
 
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """Cross-entropies and accuracies of the halves, named after what they predict, and the share of grey images."""
-        measured, colored = self._measure(batch[0])
+        images = batch[0]
+        measured, colored = self._measure(images, self.quantizer.channels(images), self(images))
         means = {name: (values * colored).mean() for name, values in measured.items()}
         return {**means, "grey": 1 - colored.mean()}
 
@@ -129,16 +133,17 @@ class SplitBrain(Task):
         """As `losses`, over coloured images, and the colour error in CIE76.
 
         `delta_e` is that of the colour predicted from the first channel (the mean colour of the predicted
-        distribution) beside the true first channel; `delta_e_mean` that of the training images' mean colour.
+        distribution) beside the true first channel; `delta_e_mean` that of the training images' mean colour. In
+        `lab_rescaled` both know the image's own range, and the mean is a place in it: compare within a space only.
         """
         images = batch[0]
-        measured, colored = self._measure(images)
+        small, logits = self.quantizer.channels(images), self(images)
+        measured, colored = self._measure(images, small, logits)
+        low, high = (bound[:, 1:, None, None] for bound in self.quantizer.bounds(small))
+        mean = low + self.mean_color.to(small).view(1, 2, 1, 1) * (high - low)
+        measured["delta_e"] = self._error(self._colors(small, logits), small)
+        measured["delta_e_mean"] = self._error(torch.cat([small[:, :1], mean.expand_as(small[:, 1:])], 1), small)
         assert self.metrics is not None
-        small = self.quantizer.channels(images)
-        decoded = self._colors(images, small)
-        constant = torch.cat([small[:, :1], self.mean_color.to(small).view(1, 2, 1, 1).expand_as(small[:, 1:])], 1)
-        for name, guess in (("delta_e", decoded), ("delta_e_mean", constant)):
-            measured[name] = (self._lab(guess) - self._lab(small)).norm(dim=1).mean((1, 2))
         for name, values in measured.items():
             self.metrics[name].update(values, colored)
         return {"grey": 1 - colored.mean()}
@@ -146,20 +151,20 @@ class SplitBrain(Task):
     def predict(self, batch: Batch) -> dict[str, Tensor]:
         """Return the small images (B, 3, S, S) with colours predicted from their first channel, and their errors."""
         small = self.quantizer.channels(batch[0])
-        decoded = self._colors(batch[0], small)
-        error = (self._lab(decoded) - self._lab(small)).norm(dim=1).mean((1, 2))
-        return {"delta_e": error, "colors": self.quantizer.to_rgb(decoded).float()}
+        decoded = self._colors(small, self(batch[0]))
+        return {"delta_e": self._error(decoded, small), "colors": self.quantizer.to_rgb(decoded).float()}
 
     def pictures(self, batch: Batch) -> dict[str, Float[Tensor, "3 h w"]]:
         """Rows: the image, the small image, its classes decoded, both predictions, colours from the first channel."""
         images = batch[0][:8]
         small = self.quantizer.channels(images)
-        first, rest = (logits.float().softmax(1) for logits in self(images))
+        logits = self(images)
+        first, rest = (part.float().softmax(1) for part in logits)
         rows = [
             small,
             self.quantizer.decode(*self.quantizer.quantize(small), small),
             self.quantizer.decode(first, rest, small),
-            self._colors(images, small),
+            self._colors(small, logits),
         ]
         large = [F.interpolate(self.quantizer.to_rgb(row), images.shape[2:], mode="nearest") for row in rows]
         grid = torch.cat([images, *large]).clamp(0, 1).float()
@@ -167,11 +172,12 @@ class SplitBrain(Task):
 
     # Inside
 
-    def _measure(self, images: Float[Tensor, "b 3 h w"]) -> tuple[dict[str, Tensor], Float[Tensor, " b"]]:
+    def _measure(
+        self, images: Float[Tensor, "b 3 h w"], small: Float[Tensor, "b 3 s s"], logits: tuple[Tensor, Tensor]
+    ) -> tuple[dict[str, Tensor], Float[Tensor, " b"]]:
         """Losses and accuracies of every image, and 1 for coloured ones, 0 for grey ones."""
-        small = self.quantizer.channels(images)
         first, rest = self.quantizer.quantize(small)
-        to_first, to_rest = (logits.float() for logits in self(images))
+        to_first, to_rest = (part.float() for part in logits)
         loss_first, loss_rest = _cross_entropy(to_first, first), _cross_entropy(to_rest, rest)
         if self.quantizer.space == "lab_gamut":
             weights, classes = self.quantizer.soft(small)
@@ -184,14 +190,18 @@ class SplitBrain(Task):
             "accuracy_rest": (to_rest.detach().argmax(1) == rest).float().mean((1, 2)),
         }, _colored(images).to(to_first.dtype)
 
-    def _colors(self, images: Float[Tensor, "b 3 h w"], small: Float[Tensor, "b 3 s s"]) -> Float[Tensor, "b 3 s s"]:
+    def _colors(self, small: Float[Tensor, "b 3 s s"], logits: tuple[Tensor, Tensor]) -> Float[Tensor, "b 3 s s"]:
         """The true first channel beside the mean of the predicted distribution of the other two."""
-        first, rest = self(images)
-        decoded = self.quantizer.decode(first.float().softmax(1), rest.float().softmax(1), small)
-        return torch.cat([small[:, :1], decoded[:, 1:]], dim=1)
+        first, rest = (part.float().softmax(1) for part in logits)
+        return torch.cat([small[:, :1], self.quantizer.decode(first, rest, small)[:, 1:]], dim=1)
 
-    def _lab(self, channels: Float[Tensor, "b 3 s s"]) -> Float[Tensor, "b 3 s s"]:
-        return channels if self.quantizer.color_space == "lab" else from_rgb(channels.clamp(0, 1), "lab")
+    def _error(self, guess: Float[Tensor, "b 3 s s"], small: Float[Tensor, "b 3 s s"]) -> Float[Tensor, " b"]:
+        """CIE76, the distance in Lab, averaged over the cells of every image."""
+        guess, small = (
+            channels if self.quantizer.color_space == "lab" else from_rgb(channels.clamp(0, 1), "lab")
+            for channels in (guess, small)
+        )
+        return (guess - small).norm(dim=1).mean((1, 2))
 
     def _resize(self, logits: Float[Tensor, "b n gh gw"]) -> Float[Tensor, "b n s s"]:
         size = self.quantizer.size
