@@ -98,3 +98,11 @@ def test_resnet_logits_are_not_negative_and_drawn_over_the_fan_out():
 def test_wrong_widths_are_refused():
     with pytest.raises(ValueError, match="width multiplier above 0"):
         timm.create_model("simplenet", width=0.0)
+
+
+@pytest.mark.parametrize(("name", "needed"), [("simplenet", 52), ("fc_alexnet", 8)])
+def test_images_that_are_too_small_are_refused(name, needed):
+    model = timm.create_model(name, width=0.1, num_classes=2).eval()
+    assert model(torch.rand(1, 3, needed, needed + 1)).shape == (1, 2)
+    with pytest.raises(ValueError, match=f"at least {needed} pixels a side, but got {needed} x {needed - 1}"):
+        model(torch.rand(1, 3, needed, needed - 1))

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from torch import nn
+from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock
 
 from baton.backbones.staged import StagedNetwork, check_options, scaled_width
@@ -102,7 +103,7 @@ class ConvNet(FullyConvolutional):
         rows: the convolutions.
         width: multiplier of all widths but the last.
         out_chans: channels of the last map.
-        padded: pad what the rows leave unpadded, for images of fewer than 64 pixels.
+        padded: pad what the rows leave unpadded, for small images.
         drop_rate: dropout before the classifier.
         num_classes: size of the classifier's output; 0 leaves the classifier out.
         in_chans: image channels.
@@ -111,7 +112,7 @@ class ConvNet(FullyConvolutional):
         dtype: type of the parameters.
 
     Raises:
-        ValueError: for a width, drop rate or pooling that cannot be built.
+        ValueError: for a width, drop rate or pooling that cannot be built, and for images that are too small.
     """
 
     def __init__(
@@ -144,6 +145,17 @@ class ConvNet(FullyConvolutional):
             channels = out
         names = tuple(f"conv{number}" for number in range(1, len(rows) + 1))
         self._end(names, info, num_classes, global_pool, drop_rate)
+
+    def begin(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch channels height width"]:
+        """Refuse images of which the unpadded convolutions leave nothing."""
+        last = self.feature_info[-1]
+        needed = last["reduction"] * (last["border"] + 1)
+        if min(x.shape[2:]) < needed:
+            raise ValueError(
+                f"Expected images of at least {needed} pixels a side, but got {x.shape[2]} x {x.shape[3]}; use larger "
+                "ones, or padded=true."
+            )
+        return x
 
 
 class FCResNet18(FullyConvolutional):
