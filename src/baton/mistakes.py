@@ -250,7 +250,7 @@ def _from_a_setting(error: BaseException, text: str, called: dict[tuple[str, str
         known = [name for name in re.findall(r"'(.*?)'", found[2]) if "/" in name]
         near = _nearest_are(difflib.get_close_matches(found[1], known, 2))
         return f"run.monitor={found[1]} is not a metric of this run, which has {', '.join(known)}{near}."
-    frame = called.get(("backbones/__init__.py", "create_backbone"))
+    frame = called.get(("backbones/factory.py", "create_backbone"))
     if frame is not None:
         kwargs = {name: value for name, value in frame.f_locals["kwargs"].items() if name != "num_classes"}
         name = frame.f_locals["name"]
