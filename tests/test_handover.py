@@ -414,6 +414,31 @@ def test_restating(tmp_path):
     assert "no in_chans" in sentence(check_restated, source, None, {"in_chans": 1})
 
 
+def test_every_stage_chooses_its_pooling(tmp_path):
+    write(tmp_path / "model", network(), {})
+    source = read_source(tmp_path / "model")
+    merged = check_restated(source, None, {"global_pool": "map3"})
+    assert merged == {"global_pool": "map3"}
+    backbone = build_backbone(source, 5, merged)
+    assert load_weights(backbone, source, classifier=False).loaded == len(source.tensors) - 2
+    assert backbone.fc.weight.shape == (5, 64 * 9)
+    write(tmp_path / "next", backbone, merged, parent=source.lineage())
+    images = torch.rand(2, 3, 12, 12)
+    assert torch.equal(load_backbone(str(tmp_path / "next"))(images), backbone.eval()(images))
+    # and back again
+    source = read_source(tmp_path / "next")
+    backbone = build_backbone(source, 5, check_restated(source, None, {"global_pool": "avg"}))
+    load_weights(backbone, source, classifier=False)
+    assert backbone.fc.weight.shape == (5, 64)
+
+
+def test_a_pooling_with_weights_is_not_made_up(tmp_path):
+    write(tmp_path / "model", network("test_vit"), {})
+    source = read_source(tmp_path / "model")
+    backbone = build_backbone(source, 0, check_restated(source, None, {"global_pool": "map"}))
+    assert "attn_pool" in sentence(load_weights, backbone, source, classifier=False)
+
+
 @pytest.mark.parametrize("restated", [0.5, 0, None])
 def test_a_restated_dropping_rate_wins_over_the_file(tmp_path, restated):
     write(tmp_path / "model", network(drop_rate=0.3), {"drop_rate": 0.3})

@@ -26,8 +26,9 @@ from baton.backbones import create_backbone
 from baton.model_folder import checkpoint_entry, one_line, plain_name, some, tensors_sha256, write_model  # noqa: F401
 
 _Tensors = Mapping[str, Tensor]
-# Probabilities of dropping something in training: no weight depends on them, so every stage may choose its own.
-_RATES = {"drop_rate", "drop_path_rate", "proj_drop_rate", "attn_drop_rate", "drop_block_rate"}
+# What the trunk's weights do not depend on, so that every stage may choose its own: probabilities of dropping something
+# in training, and how the last map becomes the classifier's input. (Where a pooling has weights, loading says so.)
+_FREE = {"drop_rate", "drop_path_rate", "proj_drop_rate", "attn_drop_rate", "drop_block_rate", "global_pool"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -253,10 +254,10 @@ def _download_artifact(location: str, name: str) -> Path:
 
 
 def check_restated(source: Source, backbone: str | None, backbone_kwargs: dict[str, Any] | None) -> dict[str, Any]:
-    """The file decides the architecture; only dropping rates, which hold no weights, may be restated differently.
+    """The file decides the architecture; only dropping rates and the pooling, without weights, may be restated.
 
     Returns:
-        All arguments to build the backbone with: the file's, with the user's rates in place of its own.
+        All arguments to build the backbone with: the file's, with the user's rates and pooling in place of its own.
 
     Raises:
         ValueError: the user states another architecture or argument; the message names both.
@@ -267,7 +268,7 @@ def check_restated(source: Source, backbone: str | None, backbone_kwargs: dict[s
             f"leave the backbone out (the file decides it) or start from another file."
         )
     built, asked = source.backbone_kwargs, model_folder.plain_kwargs(backbone_kwargs)
-    for key in sorted(asked.keys() - _RATES):
+    for key in sorted(asked.keys() - _FREE):
         if key not in built or built[key] != asked[key]:
             raise ValueError(
                 f"The {source.architecture} in {source.location!r} was built with "
