@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from skimage.color import rgb2lab
 
 from baton.ssl_tasks import SplitBrain
+from baton.ssl_tasks.color_prior import ColorPrior
 from tiny import Arrays, fit
 
 PAIR = {"backbone": "split_brain", "backbone_kwargs": {"base": "wide_resnet", "base_kwargs": {"depth": 10, "width": 1}}}
@@ -143,32 +144,85 @@ def test_what_does_not_fit_is_refused():
         SplitBrain(backbone="wrn_16_1")
     with pytest.raises(ValueError, match="The targets are in lab, but the backbone sees rgb"):
         task("lab", backbone_kwargs={"base": "test_resnet", "space": "rgb"})
+    with pytest.raises(ValueError, match=r"model\.rebalance must be above 0 and at most 1"):
+        task(rebalance=0.0)
+    with pytest.raises(ValueError, match=r"model\.temperature must be above 0, got 0"):
+        task(temperature=0.0)
     with pytest.raises(ValueError, match="must be two numbers"):
         task(bins=(1, 2, 3))
 
 
-@pytest.mark.parametrize("space", ["rgb", "lab", "lab_rescaled"])
-def test_the_baseline_is_the_training_images_mean_colour_in_each_images_bins(space):
+@pytest.mark.parametrize("space", ["rgb", "lab", "lab_rescaled", "lab_gamut"])
+def test_who_sees_nothing_answers_with_the_mean_or_the_frequencies_of_the_training_images(space):
     model, data = task(space), Arrays(20, val=9)
     rows = fit(model, data)
-    quantizer = model.quantizer
+    quantizer, prior = model.quantizer, model.prior.double()
 
-    def small_of(dataset):
-        return quantizer.channels(data.to_float(dataset.images.expand(-1, 3, -1, -1))).double()
+    def images_of(dataset):
+        return data.to_float(dataset.images.expand(-1, 3, -1, -1)).double()
 
-    train, val = small_of(data.train_set), small_of(data.val_set)
-    ends = {"rgb": [(0, 1.01), (0, 1.01)], "lab": [(-87, 99), (-108, 95)]}
-    place, answer = torch.zeros(2).double(), val.clone()
-    for images, use in ((train, "learn"), (val, "answer")):
-        for index, image in enumerate(images):
-            for channel in (1, 2):
-                low, high = ends.get(space, [(c.min(), c.max() + 1) for c in image[1:]])[channel - 1]
-                if use == "learn":
-                    place[channel - 1] += (image[channel].mean() - low) / (high - low) / len(train)
-                else:
-                    answer[index, channel] = low + place[channel - 1] * (high - low)
-    torch.testing.assert_close(model.mean_color.double(), place, atol=1e-4, rtol=1e-4)
-    last = [channels.movedim(1, -1).numpy() for channels in (answer, val)]
-    guess, truth = [rgb2lab(channels.clip(0, 1)) for channels in last] if space == "rgb" else last
-    expected = np.linalg.norm(guess - truth, axis=-1).mean()
-    assert rows.column("val/delta_e_mean")[0] == pytest.approx(expected, rel=1e-3)
+    train = ColorPrior(quantizer).double()
+    train.learn(quantizer, images_of(data.train_set).split(7))
+    for name, value in train.named_buffers():
+        torch.testing.assert_close(getattr(prior, name), value, atol=1e-5, rtol=1e-4)
+    val = images_of(data.val_set)
+    small = quantizer.channels(val)
+    low, high = (bound[:, :, None, None] for bound in quantizer.bounds(small))
+    mean = (low + prior.mean.view(1, 3, 1, 1) * (high - low)).expand_as(small)
+    frequencies = [p.view(1, -1, 1, 1).expand(9, -1, 5, 5) for p in (prior.first, prior.rest)]
+    frequent = quantizer.decode(*frequencies, small)
+
+    def error(guess, shown):
+        """The distance in Lab between the channels shown as they are and the others guessed."""
+        guess = torch.stack([(small if i in shown else guess)[:, i] for i in range(3)], -1).numpy()
+        truth = small.movedim(1, -1).numpy()
+        if space == "rgb":
+            guess, truth = rgb2lab(guess.clip(0, 1)), rgb2lab(truth.clip(0, 1))
+        return np.linalg.norm(guess - truth, axis=-1).mean()
+
+    first, rest = quantizer(val)
+    loss = -prior.first.log()[first].mean()
+    if space == "lab_gamut":
+        weights, classes = quantizer.soft(small)
+        loss -= (weights * prior.rest.log()[classes]).sum(1).mean()
+    else:
+        loss -= prior.rest.log()[rest].mean()
+    expected = {
+        "delta_e_mean": error(mean, (0,)), "delta_e_prior": error(frequent, (0,)),
+        "delta_e_first_mean": error(mean, (1, 2)), "loss_prior": loss.item(),
+    }  # fmt: skip
+    for name, value in expected.items():
+        assert rows.column(f"val/{name}")[0] == pytest.approx(value, rel=1e-3), name
+
+
+def test_rare_colours_weigh_more_where_wanted():
+    plain, balanced = task("lab_gamut").eval(), task("lab_gamut", rebalance=0.5).eval()
+    batch = images().float(), torch.zeros(3)
+    for model in (plain, balanced):
+        model.prior.rest.copy_(torch.rand(261, generator=torch.Generator().manual_seed(2)).square())
+        model.prior.rest /= model.prior.rest.sum()
+    _, rest = plain.quantizer(batch[0])
+    soft, classes = plain.quantizer.soft(plain.quantizer.channels(batch[0]))
+    log = plain(batch[0])[1].log_softmax(1)
+    expected = 0.0
+    for b in range(3):
+        for y in range(5):
+            for x in range(5):
+                frequency = plain.prior.rest[rest[b, y, x]]
+                cell = -sum(w * log[b, c, y, x] for w, c in zip(soft[b, :, y, x], classes[b, :, y, x], strict=True))
+                expected += cell / (0.5 * frequency + 0.5 / 261) / 75
+    mean = sum(p / (0.5 * p + 0.5 / 261) for p in plain.prior.rest)
+    torch.testing.assert_close(balanced.losses(batch)["loss_rest"], expected / mean, atol=1e-5, rtol=1e-4)
+    even = task("lab_gamut", rebalance=1.0).eval()
+    for name in ("loss_first", "loss_rest"):
+        torch.testing.assert_close(even.losses(batch)[name], plain.losses(batch)[name])
+
+
+def test_temperature_sharpens_colours_and_nothing_else():
+    plain, sharp = task("lab").eval(), task("lab", temperature=1e-3).eval()
+    batch = images().float(), torch.zeros(3)
+    torch.testing.assert_close(sharp.losses(batch), plain.losses(batch))
+    small = plain.quantizer.channels(batch[0])
+    first, rest = (logits.argmax(1) for logits in plain(batch[0]))
+    expected = plain.quantizer.to_rgb(torch.cat([small[:, :1], plain.quantizer.decode(first, rest, small)[:, 1:]], 1))
+    torch.testing.assert_close(sharp.predict(batch)["colors"], expected, atol=1e-3, rtol=1e-3)

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection
 from torchvision.utils import make_grid
@@ -13,6 +13,7 @@ from torchvision.utils import make_grid
 from baton.backbones.split_brain import DEFAULT_BASE, PREDICTORS
 from baton.data.images import Batch
 from baton.layers.color_space import from_rgb
+from baton.ssl_tasks.color_prior import ColorPrior
 from baton.ssl_tasks.color_quantizer import ColorQuantizer, QuantizedSpace
 from baton.task import Task, is_first_process
 
@@ -20,6 +21,10 @@ from baton.task import Task, is_first_process
 GREY = 2.5 / 255
 #: Training images that are looked at before the first step.
 LOOKED_AT = 1000
+METRICS = (
+    *("loss", "loss_first", "loss_rest", "loss_prior", "accuracy_first", "accuracy_rest"),
+    *("delta_e", "delta_e_mean", "delta_e_prior", "delta_e_first", "delta_e_first_mean"),
+)
 
 
 class SplitBrain(Task):
@@ -37,20 +42,28 @@ class SplitBrain(Task):
         space: of the targets, see `ColorQuantizer`: `rgb`, `lab`, `lab_rescaled` or `lab_gamut` (soft targets).
         bins: of the first channel, and of each of the other two.
         size: side of the small image, in cells; logits are averaged or interpolated to it.
+        rebalance: share of equal frequencies, γ of `ColorPrior.rebalancing`, by which rare colours weigh more in the
+            first half's loss (0.5 in the code of "Colorful image colorization"); None: all weigh the same.
+        temperature: decode colours from the predicted distribution after its logits were divided by this; below 1
+            gives fewer mean and more vivid colours (0.38 in that paper). It changes no loss.
         kwargs: see `Task`. The backbone is `split_brain`; its colour space and outputs follow from the targets.
     """
-
-    mean_color: Tensor
 
     def __init__(
         self,
         space: QuantizedSpace = "lab_rescaled",
         bins: Sequence[int] = (100, 10),
         size: int = 12,
+        rebalance: float | None = None,
+        temperature: float = 1.0,
         **kwargs: Any,
     ) -> None:
         if len(bins) != 2:
             raise ValueError(f"model.bins must be two numbers, of the first channel and of the others, got {bins}.")
+        if rebalance is not None and not 0 < rebalance <= 1:
+            raise ValueError(f"model.rebalance must be above 0 and at most 1, or null for none, got {rebalance:g}.")
+        if temperature <= 0:
+            raise ValueError(f"model.temperature must be above 0, got {temperature:g}.")
         quantizer = ColorQuantizer(space, (bins[0], bins[1]), size)
         if kwargs.get("backbone") == "split_brain" and not kwargs.get("init_from"):
             given = kwargs.get("backbone_kwargs") or {}
@@ -58,14 +71,10 @@ class SplitBrain(Task):
             fitting = outputs if given.get("base", DEFAULT_BASE) in PREDICTORS else {}
             kwargs["backbone_kwargs"] = {"space": quantizer.color_space, **fitting, **given}
         super().__init__(**kwargs)
-        self.quantizer = quantizer
+        self.quantizer, self.rebalance, self.temperature = quantizer, rebalance, temperature
         self.predictors = self._make_predictors()
-        #: mean over the training images, between the outer edges of the bins: the answer of one who sees nothing
-        self.register_buffer("mean_color", torch.zeros(2))
-        self.metrics = MetricCollection(
-            {name: MeanMetric("ignore") for name in ("loss", "loss_first", "loss_rest", "accuracy_first",
-             "accuracy_rest", "delta_e", "delta_e_mean")}, compute_groups=False,
-        )  # fmt: skip
+        self.prior = ColorPrior(quantizer)
+        self.metrics = MetricCollection({name: MeanMetric("ignore") for name in METRICS}, compute_groups=False)
 
     def _make_predictors(self) -> nn.ModuleList:
         """What turns the halves' last maps into logits, once it is sure that the backbone fits the targets."""
@@ -91,29 +100,25 @@ class SplitBrain(Task):
         return nn.ModuleList([nn.Identity(), nn.Identity()])
 
     def build(self) -> None:
-        """Look at training images: is there any colour, and which is its mean?"""
+        """Look at training images: is there any colour, and which colours are frequent?"""
         data = getattr(self.trainer, "datamodule", None) if self._trainer is not None else None
         if data is None or self.trainer.state.fn != "fit":
             return
         count = min(len(data.train_set), LOOKED_AT)
         places = [index * len(data.train_set) // count for index in range(count)]
-        sums, colored = torch.zeros(2), 0
-        for begin in range(0, count, 100):
-            images = data.to_float(data.train_set.__getitems__(places[begin : begin + 100])[0])
-            images = images[_colored(images)].to(self.device)
-            if len(images):
-                small = self.quantizer.channels(images)
-                low, high = (bound[:, 1:] for bound in self.quantizer.bounds(small))
-                sums += ((small[:, 1:].mean((2, 3)) - low) / (high - low)).sum(0).cpu()
-            colored += len(images)
-        if not colored:
+        batches = (
+            data.to_float(data.train_set.__getitems__(places[begin : begin + 100])[0]) for begin in range(0, count, 100)
+        )
+        colored = [images[_colored(images)] for images in batches]
+        found = sum(map(len, colored))
+        if not found:
             raise ValueError(
                 f"All of {count} training images looked at are grey, so there is no colour to predict: use colour "
                 "images."
             )
-        if colored < count and is_first_process():
-            print(f"{count - colored} of {count} training images looked at are grey; they are skipped.", flush=True)
-        self.mean_color.copy_(sums / colored)
+        if found < count and is_first_process():
+            print(f"{count - found} of {count} training images looked at are grey; they are skipped.", flush=True)
+        self.prior.learn(self.quantizer, (images.to(self.device) for images in colored if len(images)))
 
     def forward(self, images: Float[Tensor, "b 3 h w"]) -> tuple[Float[Tensor, "b n s s"], Float[Tensor, "b m s s"]]:
         """Logits of the first channel's classes and of the other two's, for images in [0, 1]."""
@@ -130,19 +135,24 @@ class SplitBrain(Task):
         return {**means, "grey": 1 - colored.mean()}
 
     def evaluate(self, batch: Batch) -> dict[str, Tensor]:
-        """As `losses`, over coloured images, and the colour error in CIE76.
+        """As `losses`, over coloured images, and colour errors in CIE76 beside those of who sees nothing.
 
         `delta_e` is that of the colour predicted from the first channel (the mean colour of the predicted
-        distribution) beside the true first channel; `delta_e_mean` that of the training images' mean colour. In
-        `lab_rescaled` both know the image's own range, and the mean is a place in it: compare within a space only.
+        distribution) beside the true first channel; `delta_e_mean` and `delta_e_prior` are those of the training
+        images' mean colour, and of the mean of their classes' frequencies; `loss_prior` is those frequencies' loss.
+        `delta_e_first` and `delta_e_first_mean` are the same for the first channel predicted from the other two. In
+        `lab_rescaled` all of them know the range of the image's own colours: compare within a space only.
         """
         images = batch[0]
         small, logits = self.quantizer.channels(images), self(images)
         measured, colored = self._measure(images, small, logits)
-        low, high = (bound[:, 1:, None, None] for bound in self.quantizer.bounds(small))
-        mean = low + self.mean_color.to(small).view(1, 2, 1, 1) * (high - low)
-        measured["delta_e"] = self._error(self._colors(small, logits), small)
-        measured["delta_e_mean"] = self._error(torch.cat([small[:, :1], mean.expand_as(small[:, 1:])], 1), small)
+        mean, prior = self.prior.answer(self.quantizer, small)
+        decoded, frequent = self._decode(logits, small), self._decode(prior, small)
+        measured["loss_prior"] = self._measure(images, small, prior)[0]["loss"]
+        for name, guess in (("", decoded), ("_mean", mean), ("_prior", frequent)):
+            measured[f"delta_e{name}"] = self._error(torch.cat([small[:, :1], guess[:, 1:]], 1), small)
+        for name, guess in (("", decoded), ("_mean", mean)):
+            measured[f"delta_e_first{name}"] = self._error(torch.cat([guess[:, :1], small[:, 1:]], 1), small)
         assert self.metrics is not None
         for name, values in measured.items():
             self.metrics[name].update(values, colored)
@@ -151,20 +161,19 @@ class SplitBrain(Task):
     def predict(self, batch: Batch) -> dict[str, Tensor]:
         """Return the small images (B, 3, S, S) with colours predicted from their first channel, and their errors."""
         small = self.quantizer.channels(batch[0])
-        decoded = self._colors(small, self(batch[0]))
-        return {"delta_e": self._error(decoded, small), "colors": self.quantizer.to_rgb(decoded).float()}
+        colors = torch.cat([small[:, :1], self._decode(self(batch[0]), small)[:, 1:]], 1)
+        return {"delta_e": self._error(colors, small), "colors": self.quantizer.to_rgb(colors).float()}
 
     def pictures(self, batch: Batch) -> dict[str, Float[Tensor, "3 h w"]]:
         """Rows: the image, the small image, its classes decoded, both predictions, colours from the first channel."""
         images = batch[0][:8]
         small = self.quantizer.channels(images)
-        logits = self(images)
-        first, rest = (part.float().softmax(1) for part in logits)
+        decoded = self._decode(self(images), small)
         rows = [
             small,
             self.quantizer.decode(*self.quantizer.quantize(small), small),
-            self.quantizer.decode(first, rest, small),
-            self._colors(small, logits),
+            decoded,
+            torch.cat([small[:, :1], decoded[:, 1:]], 1),
         ]
         large = [F.interpolate(self.quantizer.to_rgb(row), images.shape[2:], mode="nearest") for row in rows]
         grid = torch.cat([images, *large]).clamp(0, 1).float()
@@ -178,10 +187,14 @@ class SplitBrain(Task):
         """Losses and accuracies of every image, and 1 for coloured ones, 0 for grey ones."""
         first, rest = self.quantizer.quantize(small)
         to_first, to_rest = (part.float() for part in logits)
-        loss_first, loss_rest = _cross_entropy(to_first, first), _cross_entropy(to_rest, rest)
         if self.quantizer.space == "lab_gamut":
-            weights, classes = self.quantizer.soft(small)
-            loss_rest = -(to_rest.log_softmax(1).gather(1, classes) * weights).sum(1).mean((1, 2))
+            soft, classes = self.quantizer.soft(small)
+            cells = -(to_rest.log_softmax(1).gather(1, classes) * soft).sum(1)
+        else:
+            cells = F.cross_entropy(to_rest, rest, reduction="none")
+        if self.rebalance is not None:
+            cells = cells * self.prior.rebalancing(self.rebalance)[rest]
+        loss_first, loss_rest = F.cross_entropy(to_first, first, reduction="none").mean((1, 2)), cells.mean((1, 2))
         return {
             "loss": loss_first + loss_rest,
             "loss_first": loss_first,
@@ -190,10 +203,10 @@ class SplitBrain(Task):
             "accuracy_rest": (to_rest.detach().argmax(1) == rest).float().mean((1, 2)),
         }, _colored(images).to(to_first.dtype)
 
-    def _colors(self, small: Float[Tensor, "b 3 s s"], logits: tuple[Tensor, Tensor]) -> Float[Tensor, "b 3 s s"]:
-        """The true first channel beside the mean of the predicted distribution of the other two."""
-        first, rest = (part.float().softmax(1) for part in logits)
-        return torch.cat([small[:, :1], self.quantizer.decode(first, rest, small)[:, 1:]], dim=1)
+    def _decode(self, logits: tuple[Tensor, Tensor], small: Float[Tensor, "b 3 s s"]) -> Float[Tensor, "b 3 s s"]:
+        """The mean colours of the predicted distributions."""
+        first, rest = ((part.float() / self.temperature).softmax(1) for part in logits)
+        return self.quantizer.decode(first, rest, small)
 
     def _error(self, guess: Float[Tensor, "b 3 s s"], small: Float[Tensor, "b 3 s s"]) -> Float[Tensor, " b"]:
         """CIE76, the distance in Lab, averaged over the cells of every image."""
@@ -212,8 +225,3 @@ class SplitBrain(Task):
 
 def _colored(images: Float[Tensor, "b 3 h w"]) -> Bool[Tensor, " b"]:
     return (images.amax(1) - images.amin(1)).amax((1, 2)) > GREY
-
-
-def _cross_entropy(logits: Float[Tensor, "b n s s"], classes: Int[Tensor, "b s s"]) -> Float[Tensor, " b"]:
-    """Mean over the cells of every image."""
-    return F.cross_entropy(logits, classes, reduction="none").mean((1, 2))
