@@ -13,7 +13,6 @@ import argparse
 import resource
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +21,7 @@ import torch.nn.functional as F
 
 from baton.backbones import create_backbone
 from baton.ssl_tasks import Autoresolution
+from racing import race, report
 
 BATCH, SIZE, SUPER_PATCH, FIELD = 32, 256, 127, 35
 TARGETS = {"tiled": 55.0, "step": 1.10}
@@ -66,17 +66,6 @@ def step() -> tuple[Callable[[], Any], Callable[[], Any]]:
     return ours, bare
 
 
-def race(ours: Callable[[], Any], other: Callable[[], Any], rounds: int) -> tuple[list[float], list[float]]:
-    """Seconds a prediction (or a step) of both, in turns, the order reversed every round."""
-    times: dict[Callable[[], Any], list[float]] = {ours: [], other: []}
-    for number in range(rounds + 1):
-        for run in (ours, other) if number % 2 else (other, ours):
-            begin = time.perf_counter()
-            count = run()
-            times[run].append((time.perf_counter() - begin) / count)
-    return times[ours][1:], times[other][1:]  # the first round warms up
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
@@ -89,16 +78,11 @@ def main() -> int:
         ours, other = race(*{"tiled": tiled, "step": step}[name](), arguments.rounds)
         if name == "tiled":
             ratios = [theirs / own for own, theirs in zip(ours, other, strict=True)]
-            what = "separate patches / tiled, a prediction"
+            passed &= report("separate patches / tiled, a prediction", ratios, TARGETS[name], at_least=True)
         else:
             ratios = [own / theirs for own, theirs in zip(ours, other, strict=True)]
             what = f"task / bare networks, a step (of {statistics.median(ours):.2f} s)"
-        low, middle, high = statistics.quantiles(ratios, n=4)
-        met = middle >= TARGETS[name] if name == "tiled" else middle <= TARGETS[name]
-        passed &= met
-        relation = ">=" if name == "tiled" else "<="
-        print(f"{what}: {middle:.2f} ({low:.2f} - {high:.2f}), target {relation} {TARGETS[name]:g}: "
-              f"{'pass' if met else 'FAIL'}", flush=True)  # fmt: skip
+            passed &= report(what, ratios, TARGETS[name])
     print(f"largest memory of this process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB")
     return 0 if passed else 1
 

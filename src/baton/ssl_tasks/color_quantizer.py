@@ -106,7 +106,8 @@ class ColorQuantizer(nn.Module):
 
     def bounds(self, channels: Float[Tensor, "b 3 s s"]) -> tuple[Float[Tensor, "b 3"], Float[Tensor, "b 3"]]:
         """Outer edges of every image's bins, for each channel."""
-        low, high = channels.new_tensor(EDGES[self.color_space]).T.unsqueeze(1).expand(2, len(channels), 3).clone()
+        filled = [[channels.new_full((len(channels),), edge) for edge in edges] for edges in EDGES[self.color_space]]
+        low, high = (torch.stack(ends, 1) for ends in zip(*filled, strict=True))  # on the device: nothing is copied
         if self.space == "lab_rescaled":
             colors = channels[:, 1:].flatten(2)
             low[:, 1:], high[:, 1:] = colors.amin(2), colors.amax(2) + 1
