@@ -4,11 +4,13 @@ import math
 
 import numpy as np
 import pytest
+import timm
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from baton.ssl_tasks import Denoising
-from baton.ssl_tasks.denoising import Decoder, corrupt
+from baton.ssl_tasks.denoising import Decoder, TransposedDecoder, corrupt
 from tiny import WRN, Arrays, fit, same, state, trainer
 
 BACKBONES = {
@@ -16,7 +18,11 @@ BACKBONES = {
     "resnet18": ({}, (33, 35)),
     "test_vit": ({"img_size": [32, 48]}, (32, 48)),
     "test_convnext": ({}, (33, 35)),
+    "dae_encoder": ({}, (33, 35)),
 }
+POSTER = {
+    "backbone": "dae_encoder", "noise": "salt_and_pepper", "amount": 0.05, "loss": "bce", "decoder": "transposed",
+}  # fmt: skip
 
 
 def images(count=64, size=(33, 35)):
@@ -182,11 +188,89 @@ def test_the_decoder_is_convolutions_between_doublings():
     assert torch.allclose(decoder(features, (12, 16)), decoder.to_image(x))
 
 
+def naive_transposed(x, weight, bias):
+    """4 x 4, stride 2, padding 1: each cell adds its weighted kernel at twice its place; the border goes."""
+    batch, _, height, width = x.shape
+    out = x.new_zeros(batch, weight.shape[1], 2 * height + 2, 2 * width + 2)
+    for row in range(height):
+        for column in range(width):
+            stamp = torch.einsum("bi,iokl->bokl", x[:, :, row, column], weight)
+            out[:, :, 2 * row : 2 * row + 4, 2 * column : 2 * column + 4] += stamp
+    return out[:, :, 1:-1, 1:-1] + bias.view(-1, 1, 1)
+
+
+@pytest.mark.parametrize(("reduction", "levels"), [(2, 1), (4, 2), (8, 3), (14, 4), (16, 4), (32, 5)])
+def test_the_transposed_decoder_is_naive_transposed_convolutions(reduction, levels):
+    torch.manual_seed(0)
+    decoder = TransposedDecoder(40, reduction).double()
+    features = torch.randn(2, 40, 2, 3, dtype=torch.float64)
+    copies = [p.detach().clone().requires_grad_() for p in decoder.parameters()]
+    x, pairs = features, list(zip(copies[::2], copies[1::2], strict=True))
+    for number, (weight, bias) in enumerate(pairs, start=1):
+        x = naive_transposed(x, weight, bias)
+        if number < len(pairs):  # none after the last: the sigmoid is the loss's
+            x = x * (x > 0)
+    assert len(pairs) == levels
+    ours = decoder(features, (2 * 2**levels, 3 * 2**levels))
+    torch.testing.assert_close(ours, x)
+    assert ours.min() < 0
+    ours.square().sum().backward()
+    x.square().sum().backward()
+    for parameter, copied in zip(decoder.parameters(), copies, strict=True):
+        assert copied.grad.any()
+        torch.testing.assert_close(parameter.grad, copied.grad)
+
+
+def test_the_transposed_decoder_mirrors_the_posters_encoder():
+    decoder = Denoising(**POSTER).decoder
+    assert [(conv.in_channels, conv.out_channels) for conv in decoder.convs] == [(96, 48), (48, 24), (24, 12), (12, 3)]
+    by_hand = (16 * 96 * 48 + 48) + (16 * 48 * 24 + 24) + (16 * 24 * 12 + 12) + (16 * 12 * 3 + 3)
+    assert sum(p.numel() for p in decoder.parameters()) == by_hand == 97_431
+    assert [conv.out_channels for conv in TransposedDecoder(8, 32).convs] == [4, 3, 3, 3, 3]  # never to nothing
+    for conv in decoder.convs:  # PyTorch's draw, whose fan-in counts the output channels of a transposed convolution
+        bound = 1 / math.sqrt(conv.out_channels * 16)
+        assert conv.weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.1)
+        assert conv.bias.any()
+
+
+@pytest.mark.parametrize("reduction", [2, 4, 8, 14, 16, 32])
+def test_the_transposed_decoder_gives_any_size(reduction):
+    """Interpolated, not cropped; exactly what it computes where the reduction divides the image."""
+    torch.manual_seed(0)
+    decoder = TransposedDecoder(5, reduction)
+    doubled = 2 ** len(decoder.convs)
+    for height, width in ((33, 35), (64, 32), (67, 96)):
+        for grid in ((-(-height // reduction), -(-width // reduction)), (height // reduction, width // reduction)):
+            features = torch.randn(2, 5, *grid)
+            natural = decoder(features, (grid[0] * doubled, grid[1] * doubled))
+            image = decoder(features, (height, width))
+            assert image.shape == (2, 3, height, width)
+            scaled = F.interpolate(natural, (height, width), mode="bilinear")
+            assert torch.equal(image, natural if natural.shape == image.shape else scaled)
+
+
+def test_a_fixed_seed_gives_what_it_gave_before_there_was_a_choice():
+    """`resize` of width 64 is the default, and draws its weights in the same order."""
+    states = []
+    for options in ({}, {"decoder": "resize"}, {"decoder_width": 64}):
+        torch.manual_seed(0)
+        states.append(state(Denoising(**options, **WRN)))
+    torch.manual_seed(0)
+    first = timm.create_model("wide_resnet", depth=10, width=1, num_classes=0)
+    decoder = Decoder(64, 4, 64)
+    expected = {
+        **{f"backbone.{n}": v for n, v in state(first).items()},
+        **{f"decoder.{n}": v for n, v in state(decoder).items()},
+    }
+    assert all(same(expected, one) for one in states)
+
+
+@pytest.mark.parametrize("decoder", ["resize", "transposed"])
 @pytest.mark.parametrize("name", BACKBONES)
-def test_every_parameter_of_the_backbone_gets_a_gradient(name):
+def test_every_parameter_of_the_backbone_gets_a_gradient(name, decoder):
     torch.manual_seed(0)
     kwargs, size = BACKBONES[name]
-    task = Denoising(backbone=name, backbone_kwargs=kwargs)
+    task = Denoising(backbone=name, backbone_kwargs=kwargs, decoder=decoder)
     with torch.no_grad():
         for parameter in task.parameters():  # timm starts the last norm of a residual block at zero
             parameter += 0.1 * torch.randn_like(parameter)
@@ -202,6 +286,22 @@ def test_training_lowers_the_loss():
     task = Denoising(loss="mse", amount=0.2, **WRN)
     rows = fit(task, Arrays(16, val=8), 8)
     assert rows.column("val/loss")[-1] < rows.column("val/loss")[0]
+
+
+def test_the_posters_autoencoder_learns():
+    """Images of one colour each: what it makes of noise is much nearer to them than the best single colour is."""
+    torch.manual_seed(0)
+    task = Denoising(**POSTER)
+    clean = torch.rand(16, 3, 1, 1).expand(-1, -1, 32, 32).contiguous()
+    batch = (clean, torch.zeros(16, dtype=torch.long))
+    optimizer = torch.optim.Adam(task.parameters(), 0.005)
+    for _ in range(150):
+        optimizer.zero_grad()
+        task.losses(batch)["loss"].backward()
+        optimizer.step()
+    with torch.no_grad():
+        cleaned = task.predict(batch)["mse"].mean()
+    assert cleaned < 0.5 * clean.var((0, 2, 3)).mean()
 
 
 def test_pictures_show_image_input_and_output():
@@ -224,9 +324,15 @@ def test_errors():
         ({"amount": 1.5}, "amount of masking noise must lie between 0 and 1, got 1.5"),
         ({"amount": -0.1, "noise": "gaussian"}, "amount of gaussian noise must"),
         ({"patch": 0}, "patch must be at least one pixel, got 0"),
+        (
+            {"decoder": "transposed", "decoder_width": 64},
+            "model.decoder_width=64 belongs to model.decoder=resize; a transposed decoder's widths follow",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             Denoising(**options, **WRN)
+    with pytest.raises(ValueError, match=r"decoder=transposed needs a backbone whose map is smaller .*decoder=resize"):
+        TransposedDecoder(5, 1)
     Denoising(amount=1.5, noise="gaussian", **WRN)
 
 

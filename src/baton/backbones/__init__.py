@@ -7,6 +7,7 @@ a backbone too. A new family is one more module in the import below.
 from baton.backbones import (  # noqa: F401  (importing registers)
     autoresolution_image,
     autoresolution_patch,
+    dae_encoder,
     fully_convolutional,
     split_brain,
     wide_resnet,

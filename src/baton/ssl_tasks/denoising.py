@@ -78,17 +78,62 @@ class Decoder(nn.Module):
         return self.to_image(features)
 
 
+class TransposedDecoder(nn.Module):
+    """The mirror of a convolutional encoder: transposed convolutions that double the map, widths halving, to an image.
+
+    Of 4 x 4, stride 2 and padding 1, a ReLU between them and PyTorch's initialisation, as in the split-brain poster:
+    its map of 96 channels goes through 48, 24 and 12 to 3.
+
+    Args:
+        in_channels: channels of the map.
+        reduction: how much smaller than the image the map is; as many doublings follow as it takes to undo it.
+
+    Raises:
+        ValueError: if the map is as large as the image.
+    """
+
+    def __init__(self, in_channels: int, reduction: int) -> None:
+        super().__init__()
+        doublings = max(reduction - 1, 0).bit_length()
+        if doublings == 0:
+            raise ValueError(
+                "model.decoder=transposed needs a backbone whose map is smaller than the image, and this one's is not; "
+                "use model.decoder=resize."
+            )
+        # A narrow map over many doublings would halve to nothing; what becomes three colours keeps three channels.
+        widths = [max(in_channels >> level, 3) for level in range(1, doublings)]
+        channels = [in_channels, *widths, 3]
+        self.convs = nn.ModuleList(nn.ConvTranspose2d(i, o, 4, 2, 1) for i, o in pairwise(channels))
+
+    def forward(self, features: Float[Tensor, "b f gh gw"], size: tuple[int, int]) -> Float[Tensor, "b 3 h w"]:
+        """Decode a map into an image of the given height and width; the output is unbounded.
+
+        Where the doublings end at another size (sides that the reduction does not divide), the output is interpolated
+        bilinearly to the image, not cropped: an encoder that rounds down leaves fewer pixels than the image has.
+        """
+        for level, conv in enumerate(self.convs):
+            features = conv(F.relu(features) if level else features)
+        if features.shape[2:] != size:
+            features = F.interpolate(features, size, mode="bilinear", antialias=False)
+        return features
+
+
 class Denoising(Task):
     """Reconstruct clean images from corrupted ones; the encoder is the backbone, the decoder is thrown away.
 
-    Source: Vincent et al., "Stacked denoising autoencoders" (JMLR 2010); the baseline of the split-brain poster.
+    Source: Vincent et al., "Stacked denoising autoencoders" (JMLR 2010). The baseline of the poster "Split-Brain
+    Autoencoders" (Iyengar, Casabuena, Budhkar) and its public code is `dae_encoder` with a `transposed` decoder,
+    `salt_and_pepper` noise of 0.05 and `bce` (configs/ssl_tasks/denoising_poster.yaml).
 
     Args:
         noise: `masking`, `salt_and_pepper` or `gaussian`, see `corrupt`.
         amount: fraction of corrupted elements, or the standard deviation of the Gaussian.
         patch: side of a masked square, in pixels.
         loss: `bce` (a sigmoid output, cross-entropy with the pixel values) or `mse` (a linear output).
-        decoder_width: channels of the decoder's first convolution; they halve with every doubling of the map.
+        decoder: `resize` (convolutions between nearest-neighbour doublings) or `transposed` (the poster's transposed
+            convolutions, see `TransposedDecoder`).
+        decoder_width: channels of the first convolution of `resize`, 64 unless given; they halve with every doubling of
+            the map. `transposed` takes none: its widths are the halves of the backbone's last map's.
         kwargs: see `Task`. Any backbone with a spatial map will do.
     """
 
@@ -98,7 +143,8 @@ class Denoising(Task):
         amount: float = 0.5,
         patch: int = 4,
         loss: Literal["bce", "mse"] = "bce",
-        decoder_width: int = 64,
+        decoder: Literal["resize", "transposed"] = "resize",
+        decoder_width: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -106,11 +152,20 @@ class Denoising(Task):
             raise ValueError(f"model.amount of {noise} noise must lie between 0 and 1, got {amount:g}.")
         if patch < 1:
             raise ValueError(f"model.patch must be at least one pixel, got {patch}.")
+        if decoder == "transposed" and decoder_width is not None:
+            raise ValueError(
+                f"model.decoder_width={decoder_width} belongs to model.decoder=resize; a transposed decoder's widths "
+                "follow from the backbone's, so leave it out."
+            )
         self.noise, self.amount, self.patch, self.loss = noise, amount, patch, loss
         if not hasattr(self.backbone, "forward_intermediates"):
             raise ValueError(f"Denoising needs a backbone with a spatial map, {self.hparams['backbone']} has none.")
         last = self.backbone.feature_info[-1]
-        self.decoder = Decoder(last["num_chs"], last["reduction"], decoder_width)
+        shape = last["num_chs"], last["reduction"]
+        if decoder == "transposed":
+            self.decoder: nn.Module = TransposedDecoder(*shape)
+        else:
+            self.decoder = Decoder(*shape, 64 if decoder_width is None else decoder_width)
         self.metrics = MetricCollection({"psnr": PeakSignalNoiseRatio(data_range=1.0)})
 
     def reconstruct(self, corrupted: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
