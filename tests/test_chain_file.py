@@ -154,3 +154,7 @@ def test_extra_seeds_join_the_files_own(folder):
 
 def test_flatten():
     assert flatten({"a": {"b": 1, "c": {"d": [{"e": 2}]}}, "f": {}}) == {"a.b": 1, "a.c.d": [{"e": 2}], "f": {}}
+    kwargs = {"base": "simplenet", "base_kwargs": {"width": 0.5}}
+    assert flatten({"model": {"backbone_kwargs": kwargs}, "model.patch_backbone_kwargs": {"width": 0.5}}) == {
+        "model.backbone_kwargs": kwargs, "model.patch_backbone_kwargs": {"width": 0.5},
+    }  # fmt: skip

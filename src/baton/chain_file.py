@@ -114,14 +114,17 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def flatten(nested: Mapping[Any, Any], where: str = "the mapping") -> dict[str, Any]:
-    """Turn ``{"a": {"b": 1}}`` into ``{"a.b": 1}``; empty mappings and lists stay values.
+    """Turn ``{"a": {"b": 1}}`` into ``{"a.b": 1}``; empty mappings, lists and what ``*_kwargs`` hold stay values.
+
+    Arguments that are handed on have no option of their own, so they replace those of the recipe as a whole.
 
     Raises:
         ValueError: two ways of writing the same name.
     """
     flat: dict[str, Any] = {}
     for key, value in nested.items():
-        inner = flatten(value, where) if isinstance(value, Mapping) and value else {"": value}
+        whole = not isinstance(value, Mapping) or not value or str(key).endswith("_kwargs")
+        inner = {"": value} if whole else flatten(value, where)
         for tail, leaf in inner.items():
             name = f"{key}.{tail}" if tail else str(key)
             if name in flat:
