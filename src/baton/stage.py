@@ -297,7 +297,7 @@ class BatonCLI(LightningCLI):
 
     def _hand_over(self, model: Task, metrics: dict[str, float]) -> None:
         # Not those of a classifier that stays behind.
-        classes = model.classes if len(model.classes or []) == model.backbone.num_classes else None
+        classes = model.classes if len(model.classes or []) == getattr(model.backbone, "num_classes", 0) else None
         sha256 = handover.write_model(
             self.run.model,
             model.backbone,

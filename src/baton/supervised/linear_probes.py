@@ -209,6 +209,7 @@ def _join(
     """Mean and variance of all from (count, mean, variance) of parts."""
     counts = torch.tensor([count for count, *_ in parts]).double()
     weights = (counts / counts.sum())[:, None]
-    means, variances = (torch.stack([part[place] for part in parts]) for place in (1, 2))
+    means = torch.stack([mean for _, mean, _ in parts])
+    variances = torch.stack([variance for *_, variance in parts])
     mean = (weights * means).sum(0)
     return mean, (weights * (variances + (means - mean) ** 2)).sum(0)
