@@ -221,7 +221,9 @@ def test_metrics_of_every_stage_counted_by_hand(classes, stage):
         scores = task(images.float() / 255)
     expected = {"loss": 0.0}
     for number, logits in enumerate(scores, start=1):
-        ranks = [sorted(row.tolist(), reverse=True).index(row[target]) for row, target in zip(logits, targets, strict=True)]
+        ranks = [
+            sorted(row.tolist(), reverse=True).index(row[target]) for row, target in zip(logits, targets, strict=True)
+        ]
         expected[f"accuracy_stage{number}"] = sum(rank < 1 for rank in ranks) / count
         expected[f"error_stage{number}"] = sum(rank >= 1 for rank in ranks) / count
         if classes > 5:
