@@ -105,13 +105,13 @@ def test_the_grid_is_the_largest_that_fits(most):
     for channels in (1, 3, 16, 96, 100, 256, 384):
         for height, width in ((1, 1), (2, 9), (7, 5), (13, 13), (55, 55)):
             expected = naive_grid(channels, min(height, width), most)
-            assert task._fit(torch.zeros(1, channels, height, width)) == (channels, expected)
+            assert task._size(torch.zeros(1, channels, height, width)) == (channels, expected)
 
 
 def test_the_sizes_of_the_papers_code():
     task = LinearProbes(**WRN)
     sides = {96: 55, 256: 27, 384: 13}
-    assert [task._fit(torch.zeros(1, c, side, side))[1] for c, side in sides.items()] == [10, 6, 5]
+    assert [task._size(torch.zeros(1, c, side, side))[1] for c, side in sides.items()] == [10, 6, 5]
 
 
 def test_probes_begin_at_chance_and_learn():

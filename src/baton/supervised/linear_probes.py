@@ -67,7 +67,7 @@ class LinearProbes(Task):
         if data is None:
             return  # the checkpoint knows, see `on_load_checkpoint`
         self.to(self.trainer.strategy.root_device)  # Lightning moves it there soon, but there are images to look at
-        self._make_probes([self._fit(maps) for maps in self.maps(_training_images(data, [0]).to(self.device))])
+        self._make_probes([self._size(maps) for maps in self.maps(_training_images(data, [0]).to(self.device))])
         if self.trainer.state.fn == "fit":
             self._measure(data)
 
@@ -132,7 +132,7 @@ class LinearProbes(Task):
 
     # Inside
 
-    def _fit(self, maps: Float[Tensor, "b c h w"]) -> tuple[int, int]:
+    def _size(self, maps: Float[Tensor, "b c h w"]) -> tuple[int, int]:
         """Channels of a map, and cells a side of the grid it is averaged to."""
         channels, side = maps.shape[1], min(maps.shape[2:])
         return channels, max(1, min(side, math.isqrt(self.max_features // channels)))
