@@ -31,6 +31,7 @@ TASKS = {
         "--model.backbone=split_brain", "--model.backbone_kwargs={base: test_vit, base_kwargs: {img_size: 32}}",
         "--model.bins=[10, 4]", "--model.size=4",
     ],
+    "LinearProbes": ["--model.max_features=600"],
 }  # fmt: skip
 NORM_FREE = ["--model.backbone=test_vit", "--model.backbone_kwargs={img_size: 32}"]
 TWO = ["--trainer.devices=2", "--trainer.strategy=ddp"]

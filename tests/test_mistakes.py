@@ -143,6 +143,18 @@ def test_autoresolution_on_the_command_line(option: str, said: str, capsys: pyte
     assert said in complaint([*AUTORESOLUTION, option], capsys)
 
 
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("--model.max_features=0", "model.max_features must be at least 1, got 0."),
+        ("--model.max_feature=9", "not an option of LinearProbes; the nearest is --model.max_features."),
+        ("--model.num_classes=3", "model.num_classes=3 is too few: the data have 10 classes."),
+    ],
+)
+def test_linear_probes_on_the_command_line(option: str, said: str, capsys: pytest.CaptureFixture) -> None:
+    assert said in complaint(["fit", "--model=LinearProbes", *CLASSIFY[1:], *SHAPES, *BRIEF, option], capsys)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
 @pytest.mark.parametrize("option", ["--trainer.sync_batchnorm=true", "--trainer.accelerator=gpu"])
 def test_devices_that_are_not_there(option: str, capsys: pytest.CaptureFixture) -> None:

@@ -24,6 +24,7 @@ TASKS = {
         "--model", "SplitBrain", "--model.backbone=split_brain", "--model.size=4",
         "--model.backbone_kwargs={base: wide_resnet, base_kwargs: {depth: 10, width: 1, drop_rate: 0.3}}",
     ],
+    "linear_probes": ["--model", "LinearProbes", "--model.max_features=600"],
 }  # fmt: skip
 
 

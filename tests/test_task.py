@@ -13,7 +13,7 @@ from baton.handover import read_source, write_model
 from baton.optim import LRScheduler, Optimizer
 from baton.random_state import fixed_randomness
 from baton.ssl_tasks import Autoresolution, Denoising, SplitBrain
-from baton.supervised import Classification
+from baton.supervised import Classification, LinearProbes
 from baton.task import Task
 from tiny import WRN, Arrays, Rows, fit, same, state, trainer
 
@@ -113,7 +113,8 @@ SYNCHRONISING = ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__flo
 
 
 @pytest.mark.parametrize(
-    "kind", ["denoising", "classification", "head_only", "smoothed", "matching", "locating", "split_brain"]
+    "kind",
+    ["denoising", "classification", "head_only", "smoothed", "matching", "locating", "split_brain", "linear_probes"],
 )
 def test_no_step_between_logs_waits_for_the_device(kind, monkeypatch):
     calls, where = [], [None]
@@ -145,6 +146,7 @@ def test_no_step_between_logs_waits_for_the_device(kind, monkeypatch):
         "split_brain": lambda: SplitBrain(size=4, backbone="split_brain", backbone_kwargs={"base": "test_resnet"}),
         "classification": lambda: Classification(**WRN),
         "head_only": lambda: Classification(head_only_steps=3, **WRN),
+        "linear_probes": lambda: LinearProbes(**WRN),
         "smoothed": lambda: Classification(label_smoothing=0.1, head_drop_rate=0.5, **WRN),
     }
     fit(tasks[kind](), Arrays(28, batch_size=4), log_every_n_steps=5)
@@ -311,8 +313,8 @@ def test_channels_last_and_bf16_train_the_same_network():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("cls", "options", "networks"),
-    [(Classification, {}, 1), (Denoising, {}, 1), (Autoresolution, PATCHES, 2)],
-    ids=["Classification", "Denoising", "Autoresolution"],
+    [(Classification, {}, 1), (LinearProbes, {}, 1), (Denoising, {}, 1), (Autoresolution, PATCHES, 2)],
+    ids=["Classification", "LinearProbes", "Denoising", "Autoresolution"],
 )
 def test_compiled_networks_train_the_same_weights(cls, options, networks, monkeypatch):
     compiled = []

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import timm.optim
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 
@@ -153,3 +153,22 @@ class LRScheduler:
     def resets_in(self, epoch: int) -> bool:
         """Whether the optimiser's state is forgotten at the start of this epoch (counted from 0)."""
         return self.reset_momentum and self.name == "step" and epoch + 1 in self.milestones
+
+
+def keep_equal_values(options: dict[str, Any]) -> dict[str, Any]:
+    """Let an average of two equal values be that value, so that averaging leaves frozen tensors bit-identical.
+
+    PyTorch's exponential average computes decay * x + (1 - decay) * x, which rounding may take for another number.
+
+    Args:
+        options: of `torch.optim.swa_utils.AveragedModel`; only its `avg_fn` changes.
+    """
+    average = options.get("avg_fn")
+    if average is None or hasattr(average, "keeps_equal_values"):
+        return options
+
+    def keeping(averaged: Tensor, current: Tensor, count: Tensor | int) -> Tensor:
+        return torch.where(averaged == current, averaged, average(averaged, current, count))
+
+    keeping.keeps_equal_values = True  # type: ignore[attr-defined]
+    return {**options, "avg_fn": keeping}

@@ -296,6 +296,8 @@ class BatonCLI(LightningCLI):
         return {name: value for name, value in checkpoint["baton"]["latest"].items() if name != "lr"}
 
     def _hand_over(self, model: Task, metrics: dict[str, float]) -> None:
+        # Not those of a classifier that stays behind.
+        classes = model.classes if len(model.classes or []) == getattr(model.backbone, "num_classes", 0) else None
         sha256 = handover.write_model(
             self.run.model,
             model.backbone,
@@ -303,7 +305,7 @@ class BatonCLI(LightningCLI):
             config=self._recorded,
             metrics=metrics,
             parent=model.parent,
-            classes=model.classes,
+            classes=classes,
             replace=self.run.resume,
         )
         self.run.publish(self.trainer.loggers, sha256, model.parent)

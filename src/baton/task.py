@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from torchmetrics import MetricCollection
 from baton import handover
 from baton.backbones import create_backbone
 from baton.data.images import Batch
-from baton.optim import LRScheduler, Optimizer
+from baton.optim import LRScheduler, Optimizer, keep_equal_values
 from baton.random_state import fixed_randomness, gather_random_state, set_random_state
 
 _COMPILED = ("forward_features", "forward_intermediates")
@@ -138,6 +139,9 @@ class Task(LightningModule):
 
     def configure_model(self) -> None:
         """Build what depends on the data, once."""
+        for callback in self.trainer.callbacks if self._trainer is not None else []:  # type: ignore[attr-defined]
+            if isinstance(callback, WeightAveraging):  # calls this before it copies the task
+                callback._kwargs = keep_equal_values(callback._kwargs)
         if self._built:
             return
         self._built = True

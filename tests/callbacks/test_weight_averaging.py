@@ -2,11 +2,16 @@
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from safetensors.torch import load_file
+from torch.optim.swa_utils import get_ema_avg_fn
 
 from baton import cli
 from baton.handover import load_backbone
+from baton.optim import Optimizer, keep_equal_values
+from baton.supervised import Classification, LinearProbes
 from baton.task import Task
+from tiny import Arrays, fit, same, state
 
 
 @pytest.mark.parametrize("val", [0, 9])
@@ -50,3 +55,31 @@ def test_the_averaged_weights_are_handed_over(val, tmp_path, monkeypatch):
         wrong = backbone((images / 255 - mean) / std).argmax(1) != targets
     record = read_source(tmp_path / "r").record
     assert record["metrics"]["test/error"] == pytest.approx(wrong.double().mean().item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("cls", [LinearProbes, Classification])
+def test_averaging_leaves_what_is_frozen_bit_identical(cls):
+    torch.manual_seed(0)
+    options = {"protocol": "linear_probe"} if cls is Classification else {}
+    task = cls(
+        backbone="wide_resnet", backbone_kwargs={"depth": 10, "width": 1, "drop_rate": 0.3},
+        optimizer=Optimizer("momentum", 0.05), **options,
+    )  # fmt: skip
+    before = {name: value for name, value in state(task.backbone).items() if not name.startswith("fc.")}
+    statistics = task.mean.clone(), task.std.clone()
+    fit(task, Arrays(60, val=8), 3, callbacks=[EMAWeightAveraging(decay=0.9)])
+    after = state(task.backbone)
+    assert same(before, {name: after[name] for name in before})
+    assert all(map(torch.equal, statistics, (task.mean, task.std)))
+
+
+def test_only_equal_values_are_kept():
+    plain = get_ema_avg_fn(0.9)
+    options = keep_equal_values({"avg_fn": plain, "use_buffers": True})
+    assert keep_equal_values(options) is options
+    assert keep_equal_values({"use_buffers": True}) == {"use_buffers": True}
+    torch.manual_seed(0)
+    values, others = torch.randn(1000), torch.randn(1000)
+    assert torch.equal(options["avg_fn"](values, values, 3), values)
+    assert not torch.equal(plain(values, values, 3), values)
+    assert torch.equal(options["avg_fn"](values, others, 3), plain(values, others, 3))

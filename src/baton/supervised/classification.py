@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
-from torchmetrics import Metric, MetricCollection
-from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics import MetricCollection
 
 from baton.data.images import Batch
+from baton.supervised.labels import find_classes, top_accuracies, with_errors
 from baton.task import Task
 
 
@@ -45,39 +45,16 @@ class Classification(Task):
 
     def build(self) -> None:
         """Give the backbone a fresh classifier of the right size."""
-        data = getattr(self.trainer, "datamodule", None) if self._trainer is not None else None
-        classes = self.num_classes or (data.num_classes if data is not None else 0)
-        if classes < 2:
-            raise ValueError("Classification needs labelled data of at least two classes, or model.num_classes.")
-        if data is not None and data.num_classes > classes:
-            raise ValueError(f"model.num_classes={classes} is too few: the data have {data.num_classes} classes.")
-        self._check_labels(data)
+        classes, names = find_classes(self, self.num_classes)
         if self.head_only_steps and self._trainer is not None:
             self._check_strategy()
         self.num_classes = self.hparams["num_classes"] = classes
-        self.classes = list(data.classes) if data is not None and data.num_classes == classes else None
+        self.classes = names
         self.backbone.reset_classifier(classes)
         if self.protocol == "linear_probe":
             self.freeze_modules(self.backbone)
             self.backbone.get_classifier().requires_grad_(True)
-        top: dict[str, Metric | MetricCollection] = {
-            "accuracy": MulticlassAccuracy(classes, average="micro", validate_args=False)
-        }
-        if classes > 5:
-            top["accuracy_top5"] = MulticlassAccuracy(classes, average="micro", top_k=5, validate_args=False)
-        self.metrics = MetricCollection(top)
-
-    def _check_labels(self, data: Any) -> None:
-        """Every sample that will be compared with its class must have one."""
-        stage = self.trainer.state.fn.value if data is not None and self.trainer.state.fn else ""
-        splits = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}.get(stage, ())
-        for split in splits:
-            targets = getattr(getattr(data, f"{split}_set"), "targets", None)
-            if targets is not None and (targets < 0).any():
-                raise ValueError(
-                    f"Classification needs a class for every sample, but {int((targets < 0).sum())} of {len(targets)} "
-                    f"in the {split} split have none: use labelled data."
-                )
+        self.metrics = MetricCollection({**top_accuracies(classes)})
 
     def _check_strategy(self) -> None:
         """DDP must know that the backbone's parameters are not used at first."""
@@ -118,7 +95,7 @@ class Classification(Task):
 
     def summarize(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
         """Add the errors to the accuracies."""
-        return {**values, **{name.replace("accuracy", "error"): 1 - value for name, value in values.items()}}
+        return with_errors(values)
 
     def predict(self, batch: Batch) -> dict[str, Tensor]:
         """Return the predicted class, its probability, and the target (-1 where unknown)."""
