@@ -455,6 +455,12 @@ def test_unknown_names_list_the_nearest():
         create_backbone("resnet18.nonsense")
 
 
+@pytest.mark.parametrize("name", ["wrn_16_1", "resnet10t"])
+def test_a_pooling_that_there_is_not_is_refused(name):
+    with pytest.raises(ValueError, match=f"'{name}' cannot be built with .*'global_pool': 'nonsense'.*: Invalid pool"):
+        create_backbone(name, num_classes=3, global_pool="nonsense")
+
+
 @pytest.mark.parametrize("name", ["wrn_16_1", "wrn18_1", "test_resnet"])
 def test_unknown_arguments_are_named(name):
     with pytest.raises(ValueError, match=rf"'{name}'.*'colour'"):

@@ -51,6 +51,10 @@ def create_backbone(name: str, **kwargs: Any) -> nn.Module:
             raise
         known = timm.list_models(architecture, include_tags=True)
         raise ValueError(f"Expected one of {', '.join(known)}, but got {name!r}.") from error
+    except AssertionError as error:  # how timm refuses a value, such as a pooling that a model does not have
+        given = {key: value for key, value in kwargs.items() if key not in ("num_classes", "pretrained_cfg_overlay")}
+        reason = str(error).partition("\n")[0] or "timm refuses a value"
+        raise ValueError(f"The backbone {name!r} cannot be built with {given}: {reason}.") from error
 
 
 def _unknown_name(name: str, architecture: str) -> str:
