@@ -10,6 +10,7 @@ from baton.backbones import (  # noqa: F401  (importing registers)
     dae_encoder,
     fully_convolutional,
     split_brain,
+    vgg_small,
     wide_resnet,
     wide_resnet_imagenet,
 )
