@@ -9,6 +9,7 @@ from baton.backbones import (  # noqa: F401  (importing registers)
     autoresolution_patch,
     dae_encoder,
     fully_convolutional,
+    nin,
     split_brain,
     vgg_small,
     wide_resnet,
