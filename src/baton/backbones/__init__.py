@@ -5,6 +5,7 @@ a backbone too. A new family is one more module in the import below.
 """
 
 from baton.backbones import (  # noqa: F401  (importing registers)
+    alexnet_bn,
     allcnn,
     autoresolution_image,
     autoresolution_patch,
