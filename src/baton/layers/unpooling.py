@@ -203,7 +203,7 @@ def _write(
 ) -> Float[Tensor, "b c pixels"]:
     """Write each value at its place, where no two have the same.
 
-    As fast as `F.max_unpool2d`, which keeps no memory format on GPUs and refuses deterministic algorithms.
+    About as fast as `F.max_unpool2d` (forward and backward, on a CPU), which refuses deterministic algorithms.
     """
     return _zeros(values, pixels, values.dtype).scatter_(2, places.expand_as(values), values)
 
