@@ -137,8 +137,8 @@ class MirroredDecoder(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
                 # of a transposed convolution, PyTorch counts the outputs as the inputs
-                mode_ = "fan_out" if isinstance(module, nn.ConvTranspose2d) else "fan_in"
-                nn.init.kaiming_normal_(module.weight, mode=mode_, nonlinearity="relu")
+                fan: Literal["fan_in", "fan_out"] = "fan_out" if isinstance(module, nn.ConvTranspose2d) else "fan_in"
+                nn.init.kaiming_normal_(module.weight, mode=fan, nonlinearity="relu")
                 assert module.bias is not None
                 nn.init.zeros_(module.bias)
 
@@ -196,7 +196,7 @@ def _trace(network: Any, side: int) -> list[nn.Module]:
             module.training = mode
     name = type(network).__name__
     for layer, *_ in seen:
-        if not isinstance(layer, nn.Conv2d | _POOLINGS | _LEFT_OUT):
+        if not isinstance(layer, (nn.Conv2d, *_POOLINGS, *_LEFT_OUT)):
             raise ValueError(
                 f"A mirrored decoder needs a plain row of convolutions, norms, ReLUs and poolings, but {name} has a "
                 f"{type(layer).__name__}: use a plain network such as vgg16_bn or vgg16_small."
@@ -224,7 +224,7 @@ def _cut(layers: Sequence[nn.Module]) -> list[list[nn.Module]]:
         if pooled and isinstance(layer, _POOLINGS):
             segments.append([])
         strided |= not pooled and isinstance(layer, nn.Conv2d) and max(layer.stride) > 1
-    if not any(isinstance(layer, nn.Conv2d | _POOLINGS) for layer in segments[-1]) and len(segments) > 1:
+    if not any(isinstance(layer, (nn.Conv2d, *_POOLINGS)) for layer in segments[-1]) and len(segments) > 1:
         rest = segments.pop()
         segments[-1] += rest
     return segments
