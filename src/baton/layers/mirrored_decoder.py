@@ -51,10 +51,15 @@ class PlainRow:
         for layer in (layer for segment in self.segments for layer in segment if isinstance(layer, nn.MaxPool2d)):
             SwitchedMaxPool2d.like(layer)  # refuses what it cannot stand for
 
-    def __call__(self, images: Float[Tensor, "b c h w"]) -> list[Tap]:
-        """Run the encoder; the last tap's map is what its `forward_features` gives."""
+    def __call__(self, images: Float[Tensor, "b c h w"], depth: int | None = None) -> list[Tap]:
+        """Run the encoder; the last tap's map is what its `forward_features` gives.
+
+        Args:
+            images: normalised, as the encoder wants them.
+            depth: stop after so many segments; None runs them all.
+        """
         taps, x = [], images
-        for segment in self.segments:
+        for segment in self.segments[:depth]:
             sizes, switches = [], None
             for layer in segment:
                 if isinstance(layer, nn.MaxPool2d):

@@ -1,4 +1,4 @@
-"""What supervised tasks over classes share: the classes of the data, samples that have one, and the usual metrics."""
+"""What tasks over classes share: the classes of the data, samples that have one, and the usual metrics."""
 
 from typing import Any
 
