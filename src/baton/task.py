@@ -64,9 +64,9 @@ class Task(LightningModule):
         self.parent: dict[str, Any] | None = None
         self.classes: list[str] | None = None
         self.metrics: MetricCollection | None = None
-        if keep_classifier and init_from is None and backbone is None:
+        if keep_classifier and init_from is None:
             raise ValueError("model.keep_classifier keeps that of model.init_from: name one.")
-        self._kept_classifier = keep_classifier and init_from is not None
+        self._kept_classifier = keep_classifier
         self.backbone = self._create_backbone(backbone, backbone_kwargs, init_from, tolerate or [])
         self._make_hyperparameters_plain()
         config = self.backbone.pretrained_cfg
@@ -257,7 +257,8 @@ class Task(LightningModule):
         """Add what Lightning leaves out: random state, unlogged losses, what the hand-over needs. Refuse bad losses."""
         window = self._read_window() if self._window else []
         # A checkpoint stands alone: it names the backbone itself, not where the weights once came from.
-        checkpoint["hyper_parameters"] = {**checkpoint.get("hyper_parameters", {}), "init_from": None}
+        alone = {"init_from": None, "keep_classifier": False}
+        checkpoint["hyper_parameters"] = {**checkpoint.get("hyper_parameters", {}), **alone}
         checkpoint["baton"] = {
             "batches": self._batches,
             "window": window,

@@ -134,6 +134,11 @@ class Reconstruction(Task):
         rows = torch.cat([images, self(images).clamp(0, 1).float()])
         return {"reconstruction": make_grid(rows, nrow=len(images), padding=2, pad_value=1.0)}
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """A checkpoint holds its decoder: it does not say where that once came from."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["hyper_parameters"]["decoder_from"] = None
+
     # Inside
 
     def _losses(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:
