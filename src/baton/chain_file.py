@@ -21,8 +21,9 @@ A chain file is YAML::
       rows: {from scratch: scratch, "denoising, fine-tuned": finetune}
 
 A stage with one seed of its own (``seeds: [0]``) runs once and serves every seed of the stages after it;
-``teacher: stage`` hands a stage's network to ``--model.init_args.teacher``, ``decoder_from: stage`` a stage's decoder to
-``--model.init_args.decoder_from``. Everything else that a table may show is described in :mod:`baton.chain_table_file`.
+``teacher: stage`` hands a stage's network to ``--model.init_args.teacher``, ``decoder_from: stage`` a stage's decoder
+to ``--model.init_args.decoder_from``. Everything else that a table may show is described in
+:mod:`baton.chain_table_file`.
 """
 
 import re
