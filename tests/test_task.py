@@ -158,7 +158,7 @@ def test_no_step_between_logs_waits_for_the_device(kind, monkeypatch):
         "head_only": lambda: Classification(head_only_steps=3, **WRN),
         "linear_probes": lambda: LinearProbes(**WRN),
         "reconstruction": lambda: Reconstruction(
-            classification_weight=1, backbone="nin", backbone_kwargs={"width": 0.1}
+            classification_weight=1, optimizer=Optimizer(lr=0.001), backbone="nin", backbone_kwargs={"width": 0.1}
         ),
         "smoothed": lambda: Classification(label_smoothing=0.1, head_drop_rate=0.5, **WRN),
     }
