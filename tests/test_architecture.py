@@ -25,9 +25,10 @@ ALLOWED = {
     "model_folder": BACKBONES | {"data"},
     "handover": BACKBONES | {"data", "model_folder"},
     "task": HANDOVER,
-    "ssl_tasks": TASK,
-    "supervised": TASK,
-    "distill": TASK,
+    "labels": TASK,
+    "ssl_tasks": TASK | {"labels"},
+    "supervised": TASK | {"labels"},
+    "distill": TASK | {"labels"},
     "callbacks": TASK,
 }
 LIGHTNING = {"lightning", "pytorch_lightning", "lightning_fabric"}

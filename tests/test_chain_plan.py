@@ -13,7 +13,7 @@ stages:
   solo: {recipe: r.yaml}
   teacher: {recipe: r.yaml, seeds: [7]}
   pretrain: {recipe: r.yaml, set: {flag: true, size: 0.5, list: [1, a], none: null, text: two words}}
-  student: {recipe: r.yaml, init_from: pretrain, teacher: teacher}
+  student: {recipe: r.yaml, init_from: pretrain, teacher: teacher, decoder_from: pretrain}
 """
 
 
@@ -55,6 +55,7 @@ def test_command(chain):
         "--run.resume", "true", "--run.chain", "demo", "--run.stage", "student", "--seed_everything", "0",
         "--model.init_from", "some runs/demo/pretrain/seed_0",
         "--model.init_args.teacher", "some runs/demo/teacher/seed_7",
+        "--model.init_args.decoder_from", "some runs/demo/pretrain/seed_0",
     ]  # fmt: skip
     assert runs[1].argv[15:] == [
         "--flag", "true", "--size", "0.5", "--list", '[1, "a"]', "--none", "null", "--text", "two words"

@@ -64,7 +64,11 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         ([], 0, "baton fit"),
         (["--help"], 0, "baton chain"),
-        (["fit", "--help"], 0, "tasks (--model): Autoresolution, Classification, Denoising, LinearProbes, SplitBrain"),
+        (
+            ["fit", "--help"],
+            0,
+            "tasks (--model): Autoresolution, Classification, Denoising, LinearProbes, Reconstruction, SplitBrain",
+        ),
         (["predict", "-h"], 0, "usage: baton predict"),
         (["list"], 0, "baton list backbones"),
         (["list", "backbones", "wrn_*"], 0, "wrn_16_1"),

@@ -27,6 +27,9 @@ TASKS = {
         "--model.norm=false", "--model.patch_backbone=autoresolution_patch_rf9",
         "--model.patch_backbone_kwargs={norm: false, width: 0.2}", "--model.head_width=8",
     ],
+    "Reconstruction": [
+        "--model.backbone=nin", "--model.backbone_kwargs={norm: false, width: 0.1}", "--model.classification_weight=1",
+    ],
     "SplitBrain": [
         "--model.backbone=split_brain", "--model.backbone_kwargs={base: test_vit, base_kwargs: {img_size: 32}}",
         "--model.bins=[10, 4]", "--model.size=4",
@@ -151,7 +154,8 @@ def test_two_processes_of_four_are_one_of_eight(task, pair):
     one, two, _ = pair(task)
     assert_close(one, two)
     config = json.loads((two / "model/config.json").read_text())
-    assert "test_vit" in (config["architecture"], config["model_args"].get("base"))
+    arguments = config["model_args"]
+    assert "test_vit" in (config["architecture"], arguments.get("base")) or arguments["norm"] is False
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -20,6 +20,10 @@ TASKS = {
         "--model", "Autoresolution", "--model.super_patch=12", "--model.low_resolution_factor=2",
         "--model.patch_backbone=autoresolution_patch_rf9", "--model.patch_backbone_kwargs={width: 0.1}",
     ],
+    "reconstruction": [
+        "--model", "Reconstruction", "--model.backbone=nin", "--model.backbone_kwargs={width: 0.1, drop_rate: 0.3}",
+        "--model.classification_weight=1",
+    ],
     "split_brain": [
         "--model", "SplitBrain", "--model.backbone=split_brain", "--model.size=4",
         "--model.backbone_kwargs={base: wide_resnet, base_kwargs: {depth: 10, width: 1, drop_rate: 0.3}}",

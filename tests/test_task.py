@@ -12,7 +12,7 @@ from baton.backbones import create_backbone
 from baton.handover import read_source, write_model
 from baton.optim import LRScheduler, Optimizer
 from baton.random_state import fixed_randomness
-from baton.ssl_tasks import Autoresolution, Denoising, SplitBrain
+from baton.ssl_tasks import Autoresolution, Denoising, Reconstruction, SplitBrain
 from baton.supervised import Classification, LinearProbes
 from baton.task import Task
 from tiny import WRN, Arrays, Rows, fit, same, state, trainer
@@ -114,7 +114,17 @@ SYNCHRONISING = ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__flo
 
 @pytest.mark.parametrize(
     "kind",
-    ["denoising", "classification", "head_only", "smoothed", "matching", "locating", "split_brain", "linear_probes"],
+    [
+        "denoising",
+        "classification",
+        "head_only",
+        "smoothed",
+        "matching",
+        "locating",
+        "split_brain",
+        "linear_probes",
+        "reconstruction",
+    ],
 )
 def test_no_step_between_logs_waits_for_the_device(kind, monkeypatch):
     calls, where = [], [None]
@@ -147,6 +157,9 @@ def test_no_step_between_logs_waits_for_the_device(kind, monkeypatch):
         "classification": lambda: Classification(**WRN),
         "head_only": lambda: Classification(head_only_steps=3, **WRN),
         "linear_probes": lambda: LinearProbes(**WRN),
+        "reconstruction": lambda: Reconstruction(
+            classification_weight=1, optimizer=Optimizer(lr=0.001), backbone="nin", backbone_kwargs={"width": 0.1}
+        ),
         "smoothed": lambda: Classification(label_smoothing=0.1, head_drop_rate=0.5, **WRN),
     }
     fit(tasks[kind](), Arrays(28, batch_size=4), log_every_n_steps=5)

@@ -21,8 +21,9 @@ A chain file is YAML::
       rows: {from scratch: scratch, "denoising, fine-tuned": finetune}
 
 A stage with one seed of its own (``seeds: [0]``) runs once and serves every seed of the stages after it;
-``teacher: stage`` hands a stage's network to ``--model.init_args.teacher``. Everything else that a table may show is
-described in :mod:`baton.chain_table_file`.
+``teacher: stage`` hands a stage's network to ``--model.init_args.teacher``, ``decoder_from: stage`` a stage's decoder
+to ``--model.init_args.decoder_from``. Everything else that a table may show is described in
+:mod:`baton.chain_table_file`.
 """
 
 import re
@@ -36,7 +37,11 @@ import yaml
 from baton.chain_table_file import Table, check_keys, kind, nearest, read_table, words
 
 #: Where a stage may take a network from, and the option that receives the folder of the run.
-LINKS = {"init_from": "model.init_from", "teacher": "model.init_args.teacher"}
+LINKS = {
+    "init_from": "model.init_from",
+    "teacher": "model.init_args.teacher",
+    "decoder_from": "model.init_args.decoder_from",
+}
 _OWNED = ("run.root", "run.name", "run.resume", "run.chain", "run.stage", "seed_everything", "config")
 _FOLDER_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 
@@ -49,7 +54,7 @@ class Stage:
         name: of the stage, also a folder's name.
         recipe: the recipe's path.
         options: overrides, dotted name -> plain value; the chain's own ``set`` is merged in.
-        links: "init_from" / "teacher" -> an earlier stage.
+        links: "init_from" / "teacher" / "decoder_from" -> an earlier stage.
         seeds: the seeds it runs with.
     """
 
@@ -180,7 +185,7 @@ def _stage(
     _folder_name(name, where)
     if not isinstance(entry, dict):
         raise ValueError(f"{where} must hold at least 'recipe: FILE.yaml', not {kind(entry)}.")
-    check_keys(entry, ("recipe", "set", "init_from", "teacher", "seeds"), where)
+    check_keys(entry, ("recipe", "set", *LINKS, "seeds"), where)
     if not isinstance(entry.get("recipe"), str):
         raise ValueError(f"{where}: recipe must name a YAML file, not {kind(entry.get('recipe'))}.")
     recipe = path.parent / entry["recipe"]

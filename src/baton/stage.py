@@ -166,9 +166,12 @@ class BatonCLI(LightningCLI):
             # Normalisation travels with the weights, also where they came from a file with its own.
             statistics = {name: checkpoint["baton"]["pretrained_cfg"][name] for name in ("mean", "std")}
             kwargs = {**(held["backbone_kwargs"] or {}), "pretrained_cfg_overlay": statistics}
-            init.init_from, init.backbone, init.backbone_kwargs = None, held["backbone"], kwargs
+            init.init_from, init.keep_classifier = None, False
+            init.backbone, init.backbone_kwargs = held["backbone"], kwargs
             if "num_classes" in init:
                 init.num_classes = held["num_classes"]
+            if "decoder_from" in init:
+                init.decoder_from = None
 
     def before_instantiate_classes(self) -> None:
         """Open the run directory before anything is built in it."""

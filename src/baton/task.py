@@ -30,7 +30,9 @@ class Task(LightningModule):
         backbone: name of a timm model (`baton list backbones`); left out where `init_from` says it.
         backbone_kwargs: further arguments of the backbone.
         init_from: where the backbone's weights come from: a model folder, a run directory, a Lightning checkpoint,
-            `wandb:entity/project/name:alias`, or `timm:<model>.<tag>`. The trunk is taken, the classifier is fresh.
+            `wandb:entity/project/name:alias`, or `timm:<model>.<tag>`. The trunk is taken, and the classifier is fresh
+            unless `keep_classifier` is set.
+        keep_classifier: take the classifier of `init_from` as well.
         tolerate: patterns of tensor names that may differ between `init_from` and the backbone; all others must match.
         optimizer: see `baton.optim.Optimizer`.
         lr_scheduler: see `baton.optim.LRScheduler`.
@@ -47,6 +49,7 @@ class Task(LightningModule):
         backbone: str | None = None,
         backbone_kwargs: dict[str, Any] | None = None,
         init_from: str | None = None,
+        keep_classifier: bool = False,
         tolerate: list[str] | None = None,
         optimizer: Optimizer = Optimizer(),  # noqa: B008 (frozen)
         lr_scheduler: LRScheduler = LRScheduler(),  # noqa: B008 (frozen)
@@ -61,6 +64,9 @@ class Task(LightningModule):
         self.parent: dict[str, Any] | None = None
         self.classes: list[str] | None = None
         self.metrics: MetricCollection | None = None
+        if keep_classifier and init_from is None:
+            raise ValueError("model.keep_classifier keeps that of model.init_from: name one.")
+        self._kept_classifier = keep_classifier
         self.backbone = self._create_backbone(backbone, backbone_kwargs, init_from, tolerate or [])
         self._make_hyperparameters_plain()
         config = self.backbone.pretrained_cfg
@@ -127,6 +133,20 @@ class Task(LightningModule):
     def features(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b f"]:
         """Return the backbone's pooled features, what its classifier would see, for images in [0, 1]."""
         return self.backbone.forward_head(self.backbone.forward_features(self.normalize(images)), pre_logits=True)
+
+    def need_classifier(self, classes: int) -> None:
+        """Give the backbone a fresh classifier, or make sure that the one it kept has as many classes.
+
+        Raises:
+            ValueError: it has not.
+        """
+        if not self._kept_classifier:
+            self.backbone.reset_classifier(classes)
+        elif self.backbone.num_classes != classes:
+            raise ValueError(
+                f"The classifier that model.keep_classifier kept has {self.backbone.num_classes} classes, but "
+                f"{classes} are needed: leave keep_classifier out, or use the data it was trained on."
+            )
 
     def freeze_modules(self, *modules: nn.Module) -> None:
         """Freeze modules for good: no gradients, and evaluation mode, so that buffers stay bit-identical."""
@@ -237,7 +257,8 @@ class Task(LightningModule):
         """Add what Lightning leaves out: random state, unlogged losses, what the hand-over needs. Refuse bad losses."""
         window = self._read_window() if self._window else []
         # A checkpoint stands alone: it names the backbone itself, not where the weights once came from.
-        checkpoint["hyper_parameters"] = {**checkpoint.get("hyper_parameters", {}), "init_from": None}
+        alone = {"init_from": None, "keep_classifier": False}
+        checkpoint["hyper_parameters"] = {**checkpoint.get("hyper_parameters", {}), **alone}
         checkpoint["baton"] = {
             "batches": self._batches,
             "window": window,
@@ -280,12 +301,16 @@ class Task(LightningModule):
             return create_backbone(name, **{"num_classes": 0, **(kwargs or {})})
         source = handover.read_source(init_from)
         kwargs = handover.check_restated(source, name, kwargs)
-        backbone = handover.build_backbone(source, num_classes=0, overrides=kwargs)
-        report = handover.load_weights(backbone, source, classifier=False, tolerate=tolerate)
+        kept = self._kept_classifier
+        if kept and not source.num_classes:
+            raise ValueError(f"{init_from!r} has no classifier that model.keep_classifier could keep.")
+        backbone = handover.build_backbone(source, num_classes=None if kept else 0, overrides=kwargs)
+        report = handover.load_weights(backbone, source, classifier=kept, tolerate=tolerate)
         if is_first_process():
             print(f"{init_from}: {source.architecture}, {report}", flush=True)
         self.parent = source.lineage()
-        self.hparams.update(backbone=source.architecture, backbone_kwargs=kwargs)
+        classifier = {"num_classes": source.num_classes} if kept else {}
+        self.hparams.update(backbone=source.architecture, backbone_kwargs={**kwargs, **classifier})
         return backbone
 
     def _make_hyperparameters_plain(self) -> None:

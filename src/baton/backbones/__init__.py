@@ -5,11 +5,15 @@ a backbone too. A new family is one more module in the import below.
 """
 
 from baton.backbones import (  # noqa: F401  (importing registers)
+    alexnet_bn,
+    allcnn,
     autoresolution_image,
     autoresolution_patch,
     dae_encoder,
     fully_convolutional,
+    nin,
     split_brain,
+    vgg_small,
     wide_resnet,
     wide_resnet_imagenet,
 )

@@ -6,7 +6,7 @@ Pereyra and Szegedy, "Deep autoresolution networks" (2016), section 2. No code o
 import torch
 from torch import nn
 
-from baton.backbones.staged import StagedNetwork
+from baton.backbones.staged import StagedNetwork, draw_kaiming
 
 
 class Tower(StagedNetwork):
@@ -15,15 +15,7 @@ class Tower(StagedNetwork):
     @torch.jit.ignore
     def init_weights(self) -> None:
         """Draw all weights afresh: Kaiming normal over the fan-in for ReLU (the paper is silent), biases zero."""
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.BatchNorm2d):
-                module.reset_parameters()
-            elif isinstance(module, nn.Linear):
-                self.init_classifier(module)
+        draw_kaiming(self)
 
     @torch.jit.ignore
     def init_classifier(self, linear: nn.Linear) -> None:

@@ -1,7 +1,7 @@
 """Networks that are a row of named stages: timm's protocol for models, written once for all of our own."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -162,3 +162,21 @@ def check_options(width: float, drop_rate: float) -> None:
         raise ValueError(f"Expected a width multiplier above 0, but got {width}.")
     if not 0 <= drop_rate < 1:
         raise ValueError(f"Expected drop_rate in [0, 1), but got {drop_rate}.")
+
+
+def draw_kaiming(network: StagedNetwork, mode: Literal["fan_in", "fan_out"] = "fan_in") -> None:
+    """Draw all weights afresh: convolutions Kaiming normal, biases zero, norms one, the classifier by its own rule.
+
+    Args:
+        network: whose weights are drawn, in place.
+        mode: what a convolution's variance is two over: the fan-in or the fan-out.
+    """
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode=mode, nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.BatchNorm2d):
+            module.reset_parameters()
+        elif isinstance(module, nn.Linear):
+            network.init_classifier(module)

@@ -33,6 +33,9 @@ from baton.backbones.staged import StagedNetwork
 from baton.backbones.wide_resnet_blocks import WideBlock, blocks_per_group, parse_block
 
 STEM_CHANNELS = 16
+#: Of CIFAR as the authors' code has them, in units of [0, 1] pixels; they use them for CIFAR-100 too.
+CIFAR_MEAN = (125.3 / 255, 123.0 / 255, 113.9 / 255)
+CIFAR_STD = (63.0 / 255, 62.1 / 255, 66.7 / 255)
 
 
 class WideResNet(StagedNetwork):
@@ -137,15 +140,15 @@ class WideResNet(StagedNetwork):
 
 
 def _cfg() -> dict[str, Any]:
-    """CIFAR's statistics as the authors' code has them, in units of [0, 1] pixels; they use them for CIFAR-100 too."""
+    """For CIFAR, as the authors' code has it."""
     return {
         "num_classes": 10,
         "input_size": (3, 32, 32),
         "pool_size": (8, 8),
         "fixed_input_size": False,
         "crop_pct": 1.0,
-        "mean": (125.3 / 255, 123.0 / 255, 113.9 / 255),
-        "std": (63.0 / 255, 62.1 / 255, 66.7 / 255),
+        "mean": CIFAR_MEAN,
+        "std": CIFAR_STD,
         "first_conv": "stem",
         "classifier": "fc",
         "paper_name": "Wide Residual Networks",

@@ -1,1 +1,5 @@
 """Layers: plain modules without Lightning."""
+
+from baton.layers.unpooling import SwitchedMaxPool2d as SwitchedMaxPool2d
+from baton.layers.unpooling import SwitchedUnpool2d as SwitchedUnpool2d
+from baton.layers.unpooling import Switches as Switches

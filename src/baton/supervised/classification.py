@@ -10,7 +10,7 @@ from torch import Tensor
 from torchmetrics import MetricCollection
 
 from baton.data.images import Batch
-from baton.supervised.labels import find_classes, top_accuracies, with_errors
+from baton.labels import find_classes, top_accuracies, with_errors
 from baton.task import Task
 
 
@@ -50,7 +50,7 @@ class Classification(Task):
             self._check_strategy()
         self.num_classes = self.hparams["num_classes"] = classes
         self.classes = names
-        self.backbone.reset_classifier(classes)
+        self.need_classifier(classes)
         if self.protocol == "linear_probe":
             self.freeze_modules(self.backbone)
             self.backbone.get_classifier().requires_grad_(True)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
 from baton.data.images import Batch
-from baton.supervised.labels import data_of, find_classes, top_accuracies, with_errors
+from baton.labels import data_of, find_classes, top_accuracies, with_errors
 from baton.task import Task
 
 #: Training images, spread evenly over the data, of which the probes' means and variances are taken.

@@ -1,4 +1,4 @@
-"""What supervised tasks over classes share: the classes of the data, samples that have one, and the usual metrics."""
+"""What tasks over classes share: the classes of the data, samples that have one, and the usual metrics."""
 
 from typing import Any
 
@@ -65,5 +65,6 @@ def top_accuracies(classes: int, suffix: str = "") -> dict[str, Metric]:
 
 
 def with_errors(values: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return accuracies and, beside each, its error."""
-    return {**values, **{name.replace("accuracy", "error"): 1 - value for name, value in values.items()}}
+    """Return the values and, beside each accuracy, its error."""
+    errors = {name.replace("accuracy", "error"): 1 - value for name, value in values.items() if "accuracy" in name}
+    return {**values, **errors}

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from baton.labels import data_of, find_classes, top_accuracies, with_errors
 from baton.supervised import Classification, LinearProbes
-from baton.supervised.labels import data_of, find_classes, top_accuracies, with_errors
 from tiny import WRN, Arrays, trainer
 
 
