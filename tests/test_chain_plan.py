@@ -13,7 +13,7 @@ stages:
   solo: {recipe: r.yaml}
   teacher: {recipe: r.yaml, seeds: [7]}
   pretrain: {recipe: r.yaml, set: {flag: true, size: 0.5, list: [1, a], none: null, text: two words}}
-  student: {recipe: r.yaml, init_from: pretrain, teacher: teacher, decoder_from: pretrain}
+  student: {recipe: r.yaml, init_from: pretrain, teacher: teacher}
 """
 
 
@@ -55,7 +55,6 @@ def test_command(chain):
         "--run.resume", "true", "--run.chain", "demo", "--run.stage", "student", "--seed_everything", "0",
         "--model.init_from", "some runs/demo/pretrain/seed_0",
         "--model.init_args.teacher", "some runs/demo/teacher/seed_7",
-        "--model.init_args.decoder_from", "some runs/demo/pretrain/seed_0",
     ]  # fmt: skip
     assert runs[1].argv[15:] == [
         "--flag", "true", "--size", "0.5", "--list", '[1, "a"]', "--none", "null", "--text", "two words"
@@ -67,6 +66,13 @@ def test_command(chain):
 )
 def test_arguments_read_back_as_yaml(value):
     assert yaml.safe_load(as_argument(value)) == value or float(as_argument(value)) == value
+
+
+def test_a_decoder_is_passed_on(chain):
+    Path("demo.yaml").write_text(CHAIN.replace("teacher: teacher}", "decoder_from: pretrain}"))
+    student = plan(read_chain("demo.yaml"), "some runs")[2]
+    assert student.stage.name == "student"
+    assert student.argv[-2:] == ["--model.init_args.decoder_from", "some runs/demo/pretrain/seed_0"]
 
 
 def test_select_takes_parents_along(chain):
