@@ -1,6 +1,6 @@
 """Split-brain at the poster's size (96 px, batch 64, 12 x 12 cells): what the targets cost, and what the task adds.
 
-    python benchmarks/split_brain.py [--rounds 5] [--threads 1] [--base fc_resnet18] [--device cpu]
+    python benchmarks/split_brain.py [--rounds 5] [--threads 1] [--base fc_resnet18] [--device cpu] [--only step]
 
 `targets`: the quantizer alone against a whole training step of the pair (task, backward, Adam). `step`: forward and
 backward of the task (colour conversion, targets, both halves, losses, metrics) against the two bare halves on
@@ -74,15 +74,18 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--base", default="fc_resnet18")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--only", choices=["targets", "step"])
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     passed = True
-    for space in ("rgb", "lab", "lab_rescaled", "lab_gamut"):
+    for space in () if arguments.only == "step" else ("rgb", "lab", "lab_rescaled", "lab_gamut"):
         task, images = make(arguments.base, space, arguments.device)
         ours, other = race(*targets(task, images), arguments.rounds)
         ratios = [own / theirs for own, theirs in zip(ours, other, strict=True)]
         cost = f"{1000 * statistics.median(ours):.1f} ms of {statistics.median(other):.3f} s"
         passed &= report(f"{space}: targets / training step ({cost})", ratios, 0.10)
+    if arguments.only == "targets":
+        return 0 if passed else 1
     task, images = make(arguments.base, "lab_rescaled", arguments.device)
     ours, other = race(*step(task, images), arguments.rounds)
     ratios = [own / theirs for own, theirs in zip(ours, other, strict=True)]
