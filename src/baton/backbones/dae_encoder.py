@@ -8,16 +8,16 @@ image of 96 pixels becomes a map of 6 x 6 cells. The decoder belongs to the task
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from torch import Tensor, nn
+from torch import nn
 
-from baton.backbones.staged import StagedNetwork, check_options, scaled_width
+from baton.backbones.plain import Conv, PlainNetwork
+from baton.backbones.staged import check_options
 
 WIDTHS = (12, 24, 48, 96)
 
 
-class DAEEncoder(StagedNetwork):
+class DAEEncoder(PlainNetwork):
     """Convolutions that halve the image (odd sides are rounded down): (B, C, H, W) to (B, 96, H // 16, W // 16).
 
     Args:
@@ -45,16 +45,8 @@ class DAEEncoder(StagedNetwork):
     ) -> None:
         super().__init__()
         check_options(width, drop_rate)
-        channels, names = in_chans, []
-        self.feature_info = []
-        for number, unscaled in enumerate(WIDTHS, start=1):
-            out, name = scaled_width(unscaled, width), f"conv{number}"
-            conv = nn.Conv2d(channels, out, 4, 2, 1, device=device, dtype=dtype)
-            self.add_module(name, nn.Sequential(conv, nn.ReLU()))
-            self.feature_info.append({"num_chs": out, "reduction": 2**number, "module": name})
-            names.append(name)
-            channels = out
-        self.stage_names = tuple(names)
+        stages = {f"conv{number}": [Conv(out, 4, 2, 1)] for number, out in enumerate(WIDTHS, start=1)}
+        channels = self._add_stages(stages, in_chans, width, norm=False, device=device, dtype=dtype)
         self._finish(channels, num_classes, global_pool, drop_rate)
 
     @torch.jit.ignore
@@ -68,16 +60,6 @@ class DAEEncoder(StagedNetwork):
     def init_classifier(self, linear: nn.Linear) -> None:
         """Draw the classifier as PyTorch does."""
         linear.reset_parameters()
-
-    def begin(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch channels height width"]:
-        """Refuse images of which the halvings leave nothing."""
-        needed = self.feature_info[-1]["reduction"]
-        if min(x.shape[2:]) < needed:
-            raise ValueError(
-                f"Expected images of at least {needed} pixels a side, but got {x.shape[2]} x {x.shape[3]}; use larger "
-                "ones."
-            )
-        return x
 
 
 default_cfgs = generate_default_cfgs(

@@ -35,7 +35,8 @@ class Tap(NamedTuple):
 class PlainRow:
     """The layers of an encoder, in segments that end with a pooling; where there is none, with a strided convolution.
 
-    It holds the encoder's own layers and no parameters of its own: it is not a module, so that nothing is saved twice.
+    It holds the encoder's own layers (but for max-poolings, which have to tell where the maxima were) and no parameters:
+    it is not a module, so that nothing is saved twice.
     What follows the last pooling, if there are convolutions, is a segment as well.
 
     Args:
@@ -47,9 +48,10 @@ class PlainRow:
     """
 
     def __init__(self, network: Any, side: int) -> None:
-        self.segments = _cut(_trace(network, side))
-        for layer in (layer for segment in self.segments for layer in segment if isinstance(layer, nn.MaxPool2d)):
-            SwitchedMaxPool2d.like(layer)  # refuses what it cannot stand for
+        self.segments = [
+            [SwitchedMaxPool2d.like(layer) if isinstance(layer, nn.MaxPool2d) else layer for layer in segment]
+            for segment in _cut(_trace(network, side))
+        ]
 
     def __call__(self, images: Float[Tensor, "b c h w"], depth: int | None = None) -> list[Tap]:
         """Run the encoder; the last tap's map is what its `forward_features` gives.
@@ -62,8 +64,8 @@ class PlainRow:
         for segment in self.segments[:depth]:
             sizes, switches = [], None
             for layer in segment:
-                if isinstance(layer, nn.MaxPool2d):
-                    x, switches = SwitchedMaxPool2d.like(layer)(x)
+                if isinstance(layer, SwitchedMaxPool2d):
+                    x, switches = layer(x)
                     continue
                 if isinstance(layer, nn.Conv2d | nn.AvgPool2d):
                     sizes.append((x.shape[2], x.shape[3]))
@@ -92,7 +94,7 @@ class MirroredStage(nn.Module):
         for layer in reversed(segment):
             if isinstance(layer, nn.Conv2d):
                 steps += [_mirrored(layer), nn.ReLU()]
-            elif isinstance(layer, nn.MaxPool2d):
+            elif isinstance(layer, SwitchedMaxPool2d):
                 steps.append(SwitchedUnpool2d(mode))
             elif isinstance(layer, nn.AvgPool2d):
                 steps.append(_Repeat())
