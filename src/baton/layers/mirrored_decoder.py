@@ -35,8 +35,8 @@ class Tap(NamedTuple):
 class PlainRow:
     """The layers of an encoder, in segments that end with a pooling; where there is none, with a strided convolution.
 
-    It holds the encoder's own layers (but for max-poolings, which have to tell where the maxima were) and no parameters:
-    it is not a module, so that nothing is saved twice.
+    It holds the encoder's own layers, but for max-poolings, which have to tell where the maxima were, and no parameters: it
+    is not a module, so that nothing is saved twice.
     What follows the last pooling, if there are convolutions, is a segment as well.
 
     Args:
