@@ -35,9 +35,9 @@ class Tap(NamedTuple):
 class PlainRow:
     """The layers of an encoder, in segments that end with a pooling; where there is none, with a strided convolution.
 
-    It holds the encoder's own layers, but for max-poolings, which have to tell where the maxima were, and no parameters: it
-    is not a module, so that nothing is saved twice.
-    What follows the last pooling, if there are convolutions, is a segment as well.
+    It holds the encoder's own layers, but for max-poolings, which have to tell where the maxima were. It has no
+    parameters and is not a module, so that nothing is saved twice. What follows the last pooling, if there are
+    convolutions, is a segment as well.
 
     Args:
         network: an encoder with `forward_features` that is a row: each layer sees what the one before gave.
