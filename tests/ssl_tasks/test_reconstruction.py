@@ -162,6 +162,8 @@ def test_the_four_steps_pass_classifier_and_decoder_on(tmp_path, capsys, monkeyp
     assert same(state(augmented.backbone), state(classifier.backbone))
     checkpoint(augmented, Arrays(16, val=8), tmp_path / "4.ckpt")
     assert not same(state(augmented.backbone), state(classifier.backbone))
+    with pytest.raises(ValueError, match=r"trained its decoder with another encoder \(\d+ of \d+ tensors differ"):
+        Reconstruction(init_from=str(tmp_path / "4.ckpt"), decoder_from=third, **options)
     for path in (first, second):  # a checkpoint stands alone
         Path(path).unlink()
     alone = Reconstruction.load_from_checkpoint(third, map_location="cpu", weights_only=True)

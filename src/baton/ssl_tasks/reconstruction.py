@@ -47,7 +47,8 @@ class Reconstruction(Task):
         loss: `relative` to the target's energy, the same for every network, or `euclidean` as in the paper's code.
         weights: of the losses, the image's first; None: one each (`relative`), or those of the paper's code.
         detach_targets: let no gradient flow into the encoder's maps as targets. The paper's code lets it.
-        decoder_from: a run of this task, or a checkpoint of one, whose decoder is taken.
+        decoder_from: a run of this task, or a checkpoint of one, whose decoder is taken. Its encoder must be the one that
+            `init_from` gives, so name the same run in both.
         kwargs: see `Task`. The backbone must be a plain row of layers, such as `vgg16_bn` or `vgg16_small`.
     """
 
@@ -196,7 +197,21 @@ class Reconstruction(Task):
                 f"model.decoder_from: {len(unfit)} tensors of the decoder in {source!r} ({len(given)} tensors) do not "
                 f"fit this one ({len(own)}), such as {min(unfit)}: use a run with the same backbone and depth."
             )
+        self._check_same_encoder(source, state)
         self.decoder.load_state_dict(given)
         if is_first_process():
             values = sum(tensor.numel() for tensor in given.values())
             print(f"{source}: decoder, {len(given)} of {len(own)} tensors, {values:,} values", flush=True)
+
+    def _check_same_encoder(self, source: str, state: dict[str, Tensor]) -> None:
+        """A decoder undoes one encoder: the steps of a recipe must follow each other, with one seed."""
+        classifier = f"{self.backbone.pretrained_cfg['classifier']}."
+        own = {name: value for name, value in self.backbone.state_dict().items() if not name.startswith(classifier)}
+        theirs = {name: state.get(f"backbone.{name}", torch.empty(0)) for name in own}
+        differing = [name for name, value in own.items() if not torch.equal(value, theirs[name].to(value))]
+        if differing:
+            raise ValueError(
+                f"model.decoder_from: {source!r} trained its decoder with another encoder ({len(differing)} of "
+                f"{len(own)} tensors differ, such as {differing[0]}): take model.init_from and model.decoder_from from "
+                "the same run."
+            )
