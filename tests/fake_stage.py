@@ -2,7 +2,8 @@
 
 Every stage appends a line to ``<root>/calls.txt``. Options: ``--steps N``, ``--pause SECONDS`` a step,
 ``--fail CODE`` (after the first step), ``--error VALUE`` for the metric (plus the seed), ``--val VALUE`` for val/error,
-which falls to it step by step in metrics.csv.
+which falls to it step by step in metrics.csv, ``--picture NAME`` for a picture in every step: bands of the seed's
+colour and, below them, of one that depends on the error.
 """
 
 import hashlib
@@ -17,7 +18,8 @@ if sys.argv[0] == "-c":  # the fork server: spare it torch, as the `baton` comma
     sys.argv[0] = "baton"
 
 KNOWN = {"config", "seed_everything", "model.init_from", "model.init_args.teacher", "trainer.devices",
-         "trainer.accelerator", "steps", "pause", "fail", "error", "val", "spawn", "wait_file", "report"}  # fmt: skip
+         "trainer.accelerator", "steps", "pause", "fail", "error", "val", "spawn", "wait_file", "report",
+         "picture"}  # fmt: skip
 
 
 def main(argv: list[str]) -> int:
@@ -80,12 +82,25 @@ def _hand_over(folder: Path, state: dict, options: dict[str, str]) -> int:
         record["metrics"]["val/error"] = float(options["val"])
         lines = [f"{step},{float(options['val']) * state['step'] / step}" for step in range(1, state["step"] + 1)]
         (folder / "metrics.csv").write_text("\n".join(["step,val/error", *lines, ""]))
+    if "picture" in options:
+        _draw(folder / "pictures", state["step"], options["picture"], (seed, round(255 * value)))
     if "report" in options:
         record["report"] = _report()
     model = folder / "model"
     model.mkdir(exist_ok=True)
     (model / "config.json").write_text(json.dumps({"baton": record}))
     return 0
+
+
+def _draw(folder: Path, steps: int, name: str, shades: tuple[int, int]) -> None:
+    from PIL import Image  # here: a stage that draws nothing starts faster without
+
+    folder.mkdir(exist_ok=True)
+    for step in range(1, steps + 1):
+        picture = Image.new("RGB", (40, 22), "white")
+        picture.paste((shades[0], 0, 0), (2, 2, 38, 10))
+        picture.paste((0, shades[1], step), (2, 12, 38, 20))
+        picture.save(folder / f"{name}_epoch_{step:04d}.png")
 
 
 def _report() -> dict:

@@ -1,6 +1,7 @@
 """Chains of stages that train nothing (``fake_stage``): order, skipping, kills, Ctrl-C, failures, the table."""
 
 import csv
+import itertools
 import json
 import os
 import shlex
@@ -351,6 +352,50 @@ def test_lines_are_drawn_over_what_has_finished_and_a_metric_they_lack_is_named(
     config.write_text(config.read_text().replace("test/error", "test/eror"))
     assert run_chain("chain.yaml", **FAKE) == 2
     assert "demo/tuned/seed_1 has no metric 'test/error'; it has test/eror, test/loss" in capsys.readouterr().out
+
+
+PICTURES = """
+name: demo
+seeds: [4, 0]
+set: {picture: reconstruction}
+stages:
+  sae: {recipe: r.yaml, set: {error: 0.25}}
+  swwae: {recipe: r.yaml, init_from: sae, set: {error: 0.5}}
+  scratch: {recipe: r.yaml}
+table:
+  metric: test/error
+  rows: {scratch: scratch}
+  pictures: {name: reconstruction, rows: {SAE: sae, SWWAE: swwae}}
+"""
+
+
+def test_the_pictures_of_one_seed_are_put_below_each_other_as_far_as_they_have_finished(here, capsys):
+    from PIL import Image
+
+    def bands():
+        """The colours of the sheet from top to bottom, each with how many rows of pixels it fills; text is grey."""
+        sheet = Image.open("runs/demo/pictures.png").convert("RGB")
+        rows = [sheet.crop((0, y, sheet.width, y + 1)).getcolors() for y in range(sheet.height)]
+        colours = [colour for row in rows for _, colour in row if len(set(colour)) > 1]
+        return [(colour, len(list(same))) for colour, same in itertools.groupby(colours)]
+
+    images, sae, swwae = ((4, 0, 0), 64), ((0, 105, 3), 64), ((0, 168, 3), 64)  # of seed 4, after step 3
+    Path("chain.yaml").write_text(PICTURES)
+    assert run_chain("chain.yaml", only="sae", **FAKE) == 0
+    assert bands() == [images, sae]
+    assert run_chain("chain.yaml", **FAKE) == 0
+    assert bands() == [images, sae, swwae]
+    assert "table.png, pictures.png and results.csv" in capsys.readouterr().out
+    shutil.move("runs/demo/swwae/seed_4", "runs/moved")
+    assert run_chain("chain.yaml", only="scratch", **FAKE) == 0
+    assert bands() == [images, sae]
+    assert "no picture" not in capsys.readouterr().out
+    shutil.move("runs/moved", "runs/demo/swwae/seed_4")
+    Path("chain.yaml").write_text(PICTURES.replace("{name: reconstruction", "{name: reconstrution"))
+    assert run_chain("chain.yaml", **FAKE) == 0
+    assert bands() == []
+    sentence = "sae with seed 4 has no picture 'reconstrution'; it has reconstruction: correct table.pictures and call"
+    assert f"pictures.png: {sentence} again." in capsys.readouterr().out.splitlines()
 
 
 def test_a_choice_by_a_metric_nobody_logs_is_named_and_the_runs_are_kept(here, capsys):

@@ -20,7 +20,7 @@ from baton.chain_table import (
     provenance_line,
     write_table,
 )
-from baton.chain_table_file import Lines, Table
+from baton.chain_table_file import Lines, Sheet, Table
 
 TABLE = Table(("test/error", "test/loss"), {"from scratch": "scratch", "fine-tuned": "tuned"}, "%", 100.0, 2)
 ERRORS = {0: 0.5, 1: 0.4375, 2: 0.53125}
@@ -126,8 +126,9 @@ def test_plot_is_a_picture_of_sensible_size_with_ink(tmp_path):
 
 @pytest.mark.parametrize("curves", [(), ("val/error",)])
 @pytest.mark.parametrize("lines", [None, Lines("labels", {"scratch": {1: "scratch"}})])
-def test_the_pictures_go_to_wandb(tmp_path, monkeypatch, curves, lines):
-    """Curves and lines only where the table asks for them: a picture of an earlier table may lie there."""
+@pytest.mark.parametrize("pictures", [None, Sheet("colors", 0, {"scratch": "scratch"})])
+def test_the_pictures_go_to_wandb(tmp_path, monkeypatch, curves, lines, pictures):
+    """Curves, lines and pictures only where the table asks for them: a picture of an earlier table may lie there."""
     logged = {}
 
     class FakeRun:
@@ -144,13 +145,14 @@ def test_the_pictures_go_to_wandb(tmp_path, monkeypatch, curves, lines):
     monkeypatch.setitem(sys.modules, "wandb", fake)
     monkeypatch.setenv("WANDB_MODE", "online")
     monkeypatch.setenv("WANDB_API_KEY", "none")
-    for picture in ("table.png", "curves.png", "lines.png"):
+    for picture in ("table.png", "curves.png", "lines.png", "pictures.png"):
         (tmp_path / picture).touch()
-    table = Table(("test/error",), {"scratch": "scratch"}, curves=curves, lines=lines)
+    table = Table(("test/error",), {"scratch": "scratch"}, curves=curves, lines=lines, pictures=pictures)
     log_to_wandb("demo", table, collect(table, runs()), tmp_path)
     assert logged.pop("table")["data"] == [["scratch", "0.49 ± 0.05", "3"]]
     expected = {"plot": "table.png"} | ({"curves": "curves.png"} if curves else {})
     expected |= {"lines": "lines.png"} if lines else {}
+    expected |= {"pictures": "pictures.png"} if pictures else {}
     assert logged == {key: str(tmp_path / picture) for key, picture in expected.items()}
 
 

@@ -3,21 +3,21 @@ import re
 import pytest
 import yaml
 
-from baton.chain_table_file import Lines, Select, read_table
+from baton.chain_table_file import Lines, Select, Sheet, read_table
 
 SEEDS = {"teacher": (7,), "pretrain": (0, 1), "finetune": (0, 1), "probe": (1, 0)}
 
 
-def read(text: str):
+def read(text: str, seeds=SEEDS):
     """Read a table written as YAML; ``metric`` may be left out."""
-    return read_table({"metric": "test/error", **yaml.safe_load(text)}, "chain.yaml: table", SEEDS)
+    return read_table({"metric": "test/error", **yaml.safe_load(text)}, "chain.yaml: table", seeds)
 
 
 def test_every_stage_is_a_row_unless_there_are_rows():
     table = read("{}")
     assert table.rows == {name: name for name in SEEDS}
     assert (table.metrics, table.unit, table.scale, table.digits) == (("test/error",), "", 1.0, 2)
-    assert (table.select, table.curves, table.lines) == (None, (), None)
+    assert (table.select, table.curves, table.lines, table.pictures) == (None, (), None, None)
     table = read("{metric: [a, b], unit: '%', scale: 100, digits: 1, rows: {2: finetune}}")
     assert (table.metrics, table.unit, table.scale, table.digits) == (("a", "b"), "%", 100.0, 1)
     assert table.rows == {"2": "finetune"}
@@ -54,8 +54,30 @@ def test_lines():
     assert table.rows == {name: name for name in SEEDS}
 
 
+def test_pictures():
+    text = "{rows: {tuned: finetune}, pictures: {name: colors, seed: 7, rows: {2: probe, b: teacher, a: teacher}}}"
+    table = read(text, {**SEEDS, "probe": (1, 7)})
+    assert table.pictures == Sheet("colors", 7, {"2": "probe", "b": "teacher", "a": "teacher"})
+    assert list(table.pictures.rows) == ["2", "b", "a"]  # as in the file
+    assert table.stages == ("finetune",)  # the stages of pictures need not log the table's metrics
+
+
+def test_the_pictures_are_of_the_first_seed_that_all_stages_have_unless_one_is_given():
+    def seed(rows, own="", seeds=SEEDS):
+        return read(f"pictures: {{name: colors, rows: {rows}{own}}}", seeds).pictures.seed
+
+    assert seed("{a: pretrain, b: finetune}") == 0
+    assert seed("{a: pretrain, b: finetune}", ", seed: 1") == 1
+    assert seed("{a: probe, b: finetune}") == 1
+    assert seed("{a: x, b: y, c: z}", seeds={"x": (3, 0, 2, 1), "y": (1, 2), "z": (0, 1, 2)}) == 2
+
+
 def lines(rows: str, log: str = "false") -> str:
     return f"lines: {{x: labels, log: {log}, rows: {rows}}}"
+
+
+def pictures(rows: str, seed: str = "0") -> str:
+    return f"pictures: {{name: colors, seed: {seed}, rows: {rows}}}"
 
 
 BAD = {
@@ -151,6 +173,45 @@ BAD = {
     "line's stage twice": (
         lines("{a: {1: probe, 2: finetune, 4: probe}}"),
         "'a' names the stage 'probe' twice; give every stage of a line one number",
+    ),
+    "pictures": (
+        "pictures: colors",
+        "table.pictures must be a mapping with at least 'name: NAME' and 'rows: …', not 'colors'",
+    ),
+    "pictures' key": (
+        "pictures: {name: colors, row: {a: probe}}",
+        "table.pictures: unknown key 'row' (did you mean 'rows'?); known are name, seed, rows",
+    ),
+    "pictures without a name": (
+        "pictures: {rows: {a: probe}}",
+        "table.pictures.name must name a picture of the task, such as reconstruction, not be empty",
+    ),
+    "pictures' name is a list": ("pictures: {name: [a], rows: {a: probe}}", "such as reconstruction, not be a list"),
+    "pictures' name has no letters": ("pictures: {name: '', rows: {a: probe}}", "such as reconstruction, not be ''"),
+    "pictures without rows": (
+        "pictures: {name: colors}",
+        "table.pictures.rows must map labels to stages ('from scratch: scratch'), not be empty",
+    ),
+    "pictures' rows are empty": (pictures("{}"), "table.pictures.rows must map labels to stages"),
+    "pictures' rows are a list": (pictures("[probe]"), "('from scratch: scratch'), not be a list"),
+    "pictures' stage": (
+        pictures("{a: probe, b: prob}"),
+        "table.pictures.rows: 'b' names the stage 'prob', which does not exist (did you mean 'probe'?)",
+    ),
+    "pictures' candidates": (pictures("{a: [probe]}"), "names the stage ['probe'], which does not exist"),
+    "pictures' seed is text": (
+        pictures("{a: probe}", seed="one"),
+        "table.pictures.seed must be a seed of these stages, such as 1, not 'one'",
+    ),
+    "pictures' seed is a bool": (pictures("{a: probe}", seed="true"), "seed of these stages, such as 1, not True"),
+    "pictures' seed is empty": (pictures("{a: probe}", seed=""), "seed of these stages, such as 1, not empty"),
+    "pictures' seed is another's": (
+        pictures("{a: probe, b: teacher}", seed="1"),
+        "table.pictures.seed is 1, which the stage 'teacher' does not have (it has 7); give one that all of these st",
+    ),
+    "pictures have no seed in common": (
+        "pictures: {name: colors, rows: {a: probe, b: teacher, c: probe}}",
+        "table.pictures.rows: the stages have no seed in common ('probe' has 1, 0, 'teacher' has 7); give all of them",
     ),
 }
 

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 from rich.console import Console
 
-from baton import chain_choice, chain_curves, chain_launch, chain_lines, chain_slurm, chain_table
+from baton import chain_choice, chain_curves, chain_launch, chain_lines, chain_pictures, chain_slurm, chain_table
 from baton.chain_file import Chain, read_chain
 from baton.chain_plan import Run, plan, select
 
@@ -137,7 +137,7 @@ def _seeds(text: str | None) -> list[int] | None:
 
 
 def finish_table(chain: Chain, runs: Sequence[Run], console: Console | None = None) -> bool:
-    """Write the table, the curves and the lines of the finished runs, and print and log them if there is a console.
+    """Write the table and what else it draws of the finished runs, and print and log them if there is a console.
 
     Returns:
         Whether a finished run lacks a metric the table asks for.
@@ -145,7 +145,7 @@ def finish_table(chain: Chain, runs: Sequence[Run], console: Console | None = No
     assert chain.table is not None
     by_stage = {name: [(r.seed, r.metrics()) for r in runs if r.stage.name == name] for name in chain.stages}
     choice = chain_choice.choose(chain.table, by_stage)
-    table = choice.table
+    table, notes = choice.table, choice.notes
     results = chain_table.collect(table, by_stage)
     done = [run for run in runs if run.finished and run.stage.name in chain.table.stages]
     provenance = chain_table.provenance_line(sorted({run.seed for run in done}), [run.recorded() or {} for run in done])
@@ -156,14 +156,20 @@ def finish_table(chain: Chain, runs: Sequence[Run], console: Console | None = No
         chain_curves.write_curves(chain.name, table, folders, folder)
     if table.lines is not None:
         chain_lines.write_lines(chain.name, table, by_stage, folder)
+    if table.pictures is not None:
+        shown = {run.stage.name: run.folder for run in runs if run.finished and run.seed == table.pictures.seed}
+        chain_pictures.write_pictures(chain.name, table.pictures, shown, folder)
+        without = chain_pictures.missing_picture(table.pictures, shown)
+        notes += (f"pictures.png: {without}: correct table.pictures and call again.",) if without else ()
     if console is None:
         return False
     console.print()
     chain_table.print_table(table, results, console)
     files = ["table.md", "table.csv", "table.png", *(["curves.csv", "curves.png"] if table.curves else [])]
     files += ["lines.csv", "lines.png"] if table.lines is not None else []
+    files += ["pictures.png"] if table.pictures is not None else []
     written = f"Written to {folder}/{', '.join(files)} and results.csv."
-    console.print("\n" + "\n".join([*choice.notes, provenance, written]), markup=False)
+    console.print("\n" + "\n".join([*notes, provenance, written]), markup=False)
     chain_table.log_to_wandb(chain.name, table, results, folder)
     missing = [(run, name) for run in done for name in table.metrics if name not in (run.metrics() or {})]
     for run, name in missing[:1]:

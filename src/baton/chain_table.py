@@ -246,6 +246,8 @@ def log_to_wandb(name: str, table: Table, results: Results, folder: Path) -> Non
                 pictures["curves"] = "curves.png"
             if table.lines is not None:
                 pictures["lines"] = "lines.png"
+            if table.pictures is not None:
+                pictures["pictures"] = "pictures.png"
             for key, picture in pictures.items():
                 if (folder / picture).exists():
                     run.log({key: wandb.Image(str(folder / picture))})

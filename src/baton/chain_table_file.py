@@ -28,6 +28,19 @@ The table may also draw its metrics over a number that differs between stages::
 
 ``lines`` draws one line a row of its own through the stages at these numbers, whether the table's rows show them or
 not, into ``lines.png`` (:mod:`baton.chain_lines`). A point is one stage, so it cannot list candidates.
+
+And it may put the pictures that stages have drawn below each other::
+
+    table:
+      metric: test/loss
+      pictures:
+        name: reconstruction            # as the task calls it: runs write pictures/reconstruction_epoch_0001.png
+        seed: 0                         # the first that all these stages have unless it is given
+        rows: {SAE from pool1: sae_1, SWWAE from pool1: swwae_1}
+
+``pictures`` puts the last such picture of each of these stages, with the label left of it, into ``pictures.png``
+(:mod:`baton.chain_pictures`). What two or more pictures of equal size begin with, such as the images that all of them
+look at, is drawn once, on top. These stages need not log the table's metrics.
 """
 
 import difflib
@@ -71,6 +84,21 @@ class Lines:
 
 
 @dataclass(frozen=True)
+class Sheet:
+    """Which pictures are put below each other.
+
+    Attributes:
+        name: of the picture, as the task calls it.
+        seed: of the runs that drew them.
+        rows: label -> stage, from top to bottom.
+    """
+
+    name: str
+    seed: int
+    rows: dict[str, str]
+
+
+@dataclass(frozen=True)
 class Table:
     """What the results table shows.
 
@@ -83,6 +111,7 @@ class Table:
         select: what decides among candidates; None: there are none.
         curves: metrics drawn over the training steps.
         lines: what the metrics are drawn over besides; None: nothing.
+        pictures: the pictures of stages that are put below each other; None: none.
     """
 
     metrics: tuple[str, ...]
@@ -93,10 +122,11 @@ class Table:
     select: Select | None = None
     curves: tuple[str, ...] = ()
     lines: Lines | None = None
+    pictures: Sheet | None = None
 
     @property
     def stages(self) -> tuple[str, ...]:
-        """Every stage that a row or a line shows or may show."""
+        """Every stage whose metrics a row or a line shows or may show."""
         shown = [stage for row in self.rows.values() for stage in ((row,) if isinstance(row, str) else row)]
         drawn = self.lines.rows.values() if self.lines is not None else ()
         return (*shown, *(stage for row in drawn for stage in row.values()))
@@ -115,12 +145,13 @@ def read_table(entry: Any, where: str, seeds: Mapping[str, tuple[int, ...]]) -> 
     """
     if not isinstance(entry, dict):
         raise ValueError(f"{where} must be a mapping with at least 'metric: test/error', not {kind(entry)}.")
-    check_keys(entry, ("metric", "unit", "scale", "digits", "select", "rows", "curves", "lines"), where)
+    check_keys(entry, ("metric", "unit", "scale", "digits", "select", "rows", "curves", "lines", "pictures"), where)
     metrics = _metrics(entry.get("metric"), f"{where}.metric", "test/error")
     curves = _metrics(entry["curves"], f"{where}.curves", "val/error") if entry.get("curves") is not None else ()
     select = _select(entry["select"], f"{where}.select") if entry.get("select") is not None else None
     rows = _rows(entry.get("rows", {name: name for name in seeds}), f"{where}.rows", seeds)
     lines = _lines(entry["lines"], f"{where}.lines", seeds) if entry.get("lines") is not None else None
+    pictures = _pictures(entry["pictures"], f"{where}.pictures", seeds) if entry.get("pictures") is not None else None
     lists = [label for label, row in rows.items() if isinstance(row, tuple)]
     if lists and select is None:
         raise ValueError(
@@ -136,7 +167,7 @@ def read_table(entry: Any, where: str, seeds: Mapping[str, tuple[int, ...]]) -> 
         raise ValueError(f"{where}.scale must be a number other than 0, not {scale!r}.")
     if isinstance(digits, bool) or not isinstance(digits, int) or not 0 <= digits <= 10:
         raise ValueError(f"{where}.digits must be a whole number from 0 to 10, not {digits!r}.")
-    return Table(metrics, rows, str(entry.get("unit", "")), float(scale), digits, select, curves, lines)
+    return Table(metrics, rows, str(entry.get("unit", "")), float(scale), digits, select, curves, lines, pictures)
 
 
 def _metrics(entry: Any, where: str, example: str) -> tuple[str, ...]:
@@ -216,6 +247,36 @@ def _points(row: Any, where: str, log: bool, seeds: Mapping[str, tuple[int, ...]
         if list(row.values()).count(name) > 1:
             raise ValueError(f"{where} names the stage {name!r} twice; give every stage of a line one number.")
     return dict(sorted(row.items()))
+
+
+def _pictures(entry: Any, where: str, seeds: Mapping[str, tuple[int, ...]]) -> Sheet:
+    if not isinstance(entry, dict):
+        raise ValueError(f"{where} must be a mapping with at least 'name: NAME' and 'rows: …', not {kind(entry)}.")
+    check_keys(entry, ("name", "seed", "rows"), where)
+    name, rows = entry.get("name"), entry.get("rows")
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"{where}.name must name a picture of the task, such as reconstruction, not be {kind(name)}.")
+    if not isinstance(rows, dict) or not rows:
+        raise ValueError(f"{where}.rows must map labels to stages ('from scratch: scratch'), not be {kind(rows)}.")
+    for label, stage in rows.items():
+        _existing(stage, seeds, f"{where}.rows: {label!r}")
+    first, *others = rows.values()
+    shared = [seed for seed in seeds[first] if all(seed in seeds[stage] for stage in others)]
+    seed = entry.get("seed", shared[0] if shared else None)
+    if seed is None and "seed" not in entry:
+        own = ", ".join(f"{stage!r} has {words(seeds[stage])}" for stage in dict.fromkeys(rows.values()))
+        raise ValueError(f"{where}.rows: the stages have no seed in common ({own}); give all of them the same one.")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise ValueError(
+            f"{where}.seed must be a seed of these stages, such as {(shared or seeds[first])[0]}, not {kind(seed)}."
+        )
+    for stage in rows.values():
+        if seed not in seeds[stage]:
+            raise ValueError(
+                f"{where}.seed is {seed}, which the stage {stage!r} does not have (it has {words(seeds[stage])}); "
+                "give one that all of these stages have."
+            )
+    return Sheet(name, seed, {str(label): stage for label, stage in rows.items()})
 
 
 def _existing(name: Any, stages: Collection[str], where: str) -> None:
