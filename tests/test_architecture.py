@@ -29,7 +29,7 @@ ALLOWED = {
     "ssl_tasks": TASK | {"labels"},
     "supervised": TASK | {"labels"},
     "distill": TASK | {"labels"},
-    "callbacks": TASK,
+    "callbacks": TASK | {"labels"},
 }
 LIGHTNING = {"lightning", "pytorch_lightning", "lightning_fabric"}
 

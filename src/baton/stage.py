@@ -20,7 +20,14 @@ import baton.distill
 import baton.ssl_tasks
 import baton.supervised
 from baton import handover
-from baton.callbacks import OnlineKNN, OnlineLinearProbe, Pictures, ProgressBar  # noqa: F401 (short names)
+from baton.callbacks import (  # noqa: F401 (short names)
+    OnlineKNN,
+    OnlineLinearProbe,
+    Pictures,
+    ProgressBar,
+    TestOnTrainingImages,
+    TestOnWholeImages,
+)
 from baton.callbacks.predictions import PredictionWriter
 from baton.data.images import ImageData
 from baton.mistakes import check_recipes, explain

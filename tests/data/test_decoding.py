@@ -9,7 +9,14 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 
-from baton.data.decoding import UnreadableImageError, centre_crop, decode, random_resized_crop, squash
+from baton.data.decoding import (
+    UnreadableImageError,
+    centre_crop,
+    decode,
+    random_resized_crop,
+    resize_shorter,
+    squash,
+)
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (21, 33, 3), dtype=np.uint8)
 RGB = Image.fromarray(PIXELS)
@@ -164,6 +171,15 @@ def test_crops_equal_torchvisions():
         expected = v2.CenterCrop(size)(v2.functional.resize(image, [resize, round(33 * resize / 21)]))
         assert torch.equal(centre_crop(image, size, resize), expected)
     assert centre_crop(image[:, :, :1], 9, 9).shape == (3, 9, 9)
+
+
+@pytest.mark.parametrize(("height", "width", "expected"), [(21, 33, (14, 22)), (33, 21, (22, 14)), (7, 7, (14, 14))])
+def test_the_shorter_side_gets_its_length_and_the_shape_stays(height, width, expected):
+    image = torch.randint(0, 256, (3, height, width), dtype=torch.uint8)
+    resized = resize_shorter(image, 14)
+    assert resized.shape == (3, *expected)
+    assert torch.equal(resized, v2.Resize(list(expected))(image))
+    assert torch.equal(resize_shorter(image, min(height, width)), image)
 
 
 def test_random_crops_keep_to_their_ranges_and_follow_the_generator():

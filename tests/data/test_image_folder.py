@@ -1,11 +1,12 @@
 import pickle
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from baton.data.decoding import centre_crop, decode, squash
+from baton.data.decoding import centre_crop, decode, resize_shorter, squash
 from baton.data.image_folder import EncodedSet, ImageFolder
 
 
@@ -97,6 +98,64 @@ def test_own_splits(root, tmp_path_factory):
     plain = ready(root, crop="center").train_set.__getitems__(range(12))[0]
     assert torch.equal(images_of(data.val_dataloader()), plain)
     assert torch.equal(images_of(data.test_dataloader()), plain)
+
+
+@pytest.fixture
+def splits(root, tmp_path_factory):
+    """A folder whose training and test splits are the images of `root`."""
+    folder = tmp_path_factory.mktemp("splits")
+    for split in ("train", "test"):
+        (folder / split).symlink_to(root)
+    return folder
+
+
+@pytest.mark.parametrize("crop", ["random_resized", "squash"])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_whole_images_keep_their_shape(splits, crop, workers):
+    data = ready(splits, crop=crop, num_workers=workers)
+    batches = list(data.whole_images(20))
+    assert [len(images) for images, _ in batches] == [4, 4, 4]
+    assert torch.cat([targets for _, targets in batches]).tolist() == [0] * 6 + [1] * 6
+    files = sorted((splits / "test").glob("*/*"))
+    shapes = set()
+    for image, file in zip([image for images, _ in batches for image in images], files, strict=True):
+        original = decode(file)
+        assert torch.equal(image, resize_shorter(original, 20))
+        assert torch.equal(centre_crop(image, 12, 20), centre_crop(original, 12, 20))
+        shapes.add(image.shape)
+    assert len(shapes) > 5
+
+
+@pytest.mark.parametrize("replicas", [1, 2, 3])
+def test_whole_images_are_shared_by_the_processes(splits, replicas):
+    (splits / "test" / "dög" / "5.png").unlink()
+    ranks = []
+    for rank in range(replicas):
+        data = ready(splits, batch_size=2)
+        data.trainer = SimpleNamespace(world_size=replicas, global_rank=rank)
+        ranks.append([[image.double().mean().item() for image in images] for images, _ in data.whole_images(12)])
+    assert {len(batches) for batches in ranks} == {{1: 6, 2: 3, 3: 2}[replicas]}
+    files = sorted((splits / "test").glob("*/*"))
+    everything = [resize_shorter(decode(file), 12).double().mean().item() for file in files]
+    assert sorted(mean for batches in ranks for batch in batches for mean in batch) == sorted(everything)
+    assert len(everything) == 11
+
+
+def test_whole_images_that_are_not_there_are_explained(splits, root):
+    with pytest.raises(ValueError, match=r"at least the 12 pixels of data.image_size, but got shorter_side=11: make"):
+        ready(splits).whole_images(11)
+    with pytest.raises(ValueError, match=r"^data.cache=true keeps cropped images alone: set it to false"):
+        ready(splits, crop="center", cache=True).whole_images(12)
+    with pytest.raises(ValueError, match="ImageFolder has no test split here to measure whole images of; give it one"):
+        ready(root).whole_images(12)
+
+
+def test_training_images_are_not_augmented(root):
+    data = ready(root, val_size=4)
+    plain = ready(root, crop="center").train_set
+    assert torch.equal(images_of(data.training_images()), plain.__getitems__(data.train_set.indices)[0])
+    chosen = [data.train_set.indices[index] for index in (0, 2, 5)]  # three of eight, spread evenly
+    assert torch.equal(images_of(data.training_images(3)), plain.__getitems__(chosen)[0])
 
 
 def test_unlabelled_folders(root):

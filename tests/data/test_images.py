@@ -102,6 +102,24 @@ def test_floats_are_exact_and_augmentation_is_cropping_and_mirroring():
     assert any(torch.equal(batch[0], Toy().to_float(images)[0].flip(2)) for batch in mirrored)
 
 
+def test_training_images_are_the_labelled_ones_spread_evenly():
+    data = ready(val_size=8)
+    train = numbers(data.train_dataloader())
+    assert numbers(data.training_images()) == numbers(data.training_images(32)) == train
+    assert numbers(data.training_images(100)) == train
+    assert numbers(data.training_images(4)) == [train[index] for index in (0, 8, 16, 24)]
+    data.train_set.targets[:20] = -1
+    assert numbers(data.training_images(2)) == [train[20], train[26]]
+    data.train_set.targets[:] = -1
+    with pytest.raises(ValueError, match=r"^Toy has no labelled training images here; use labelled data"):
+        data.training_images()
+
+
+def test_images_in_memory_are_not_whole():
+    with pytest.raises(ValueError, match=r"^Toy has images of one size alone and no whole ones: use ImageFolder or Im"):
+        ready().whole_images(8)
+
+
 class Recorder(LightningModule):
     """Stores what arrives in each step."""
 

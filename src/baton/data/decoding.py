@@ -85,6 +85,19 @@ def random_resized_crop(
     return squash(image[:, top : top + h, left : left + w], size)
 
 
+def resize_shorter(image: UInt8[Tensor, "3 height width"], side: int) -> UInt8[Tensor, "3 _ _"]:
+    """Resize so that the shorter side has `side` pixels and the shape stays.
+
+    Args:
+        image: (3, H, W).
+        side: length of the shorter side of the result, in pixels.
+    """
+    height, width = image.shape[1:]
+    shorter = min(height, width)
+    target = [max(side, round(length * side / shorter)) for length in (height, width)]
+    return functional.resize(image, target, antialias=True)
+
+
 def centre_crop(image: UInt8[Tensor, "3 height width"], size: int, resize: int) -> UInt8[Tensor, "3 size size"]:
     """Resize the shorter side to `resize` pixels, then cut `size` x `size` pixels out of the centre.
 
@@ -93,11 +106,7 @@ def centre_crop(image: UInt8[Tensor, "3 height width"], size: int, resize: int) 
         size: side of the result, in pixels; at most `resize`.
         resize: length of the shorter side before the crop, in pixels.
     """
-    height, width = image.shape[1:]
-    shorter = min(height, width)
-    target = [max(resize, round(side * resize / shorter)) for side in (height, width)]
-    resized = functional.resize(image, target, antialias=True)
-    return functional.center_crop(resized, [size, size])
+    return functional.center_crop(resize_shorter(image, resize), [size, size])
 
 
 def squash(image: UInt8[Tensor, "3 height width"], size: int) -> UInt8[Tensor, "3 size size"]:

@@ -14,7 +14,14 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from baton.data.decoding import UnreadableImageError, centre_crop, decode, random_resized_crop, squash
+from baton.data.decoding import (
+    UnreadableImageError,
+    centre_crop,
+    decode,
+    random_resized_crop,
+    resize_shorter,
+    squash,
+)
 from baton.data.folders import find_classes, find_splits, label_images
 from baton.data.images import ArraySet, Batch, ImageData
 
@@ -76,6 +83,10 @@ class EncodedSet(Dataset):
         plain.crop = "center" if self.crop == "random_resized" else self.crop
         return plain
 
+    def whole(self, shorter_side: int) -> "WholeSet":
+        """The same images, resized and not cropped."""
+        return WholeSet(self.files, self.targets, shorter_side)
+
     def in_memory(self) -> ArraySet:
         """Decode every image once, in threads."""
         images = torch.empty(len(self), 3, self.size, self.size, dtype=torch.uint8)
@@ -112,6 +123,27 @@ class EncodedSet(Dataset):
             generator = np.random.default_rng((self.seed, int(self._epoch), index))
             return random_resized_crop(image, self.size, self.scale, (3 / 4, 4 / 3), generator)
         return squash(image, self.size) if self.crop == "squash" else centre_crop(image, self.size, self.resize)
+
+
+class WholeSet(Dataset):
+    """Images that stay in their files and are resized, not cropped, when they are fetched.
+
+    Args:
+        files: paths of the images, encoded.
+        targets: class of each image, -1 where there is no label.
+        shorter_side: of the images after resizing, in pixels.
+    """
+
+    def __init__(self, files: np.ndarray, targets: Int[Tensor, " n"], shorter_side: int) -> None:
+        self.files, self.targets, self.shorter_side = files, targets, shorter_side
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitems__(self, indices: Sequence[int]) -> tuple[list[Tensor], Tensor]:
+        """Decode a batch: a list of uint8 (3, H, W), of different shapes, and int64 (B,)."""
+        images = [decode(os.fsdecode(self.files[int(index)])) for index in indices]
+        return [resize_shorter(image, self.shorter_side) for image in images], self.targets[torch.as_tensor(indices)]
 
 
 class ImageFolder(ImageData):
@@ -175,6 +207,19 @@ class ImageFolder(ImageData):
         """Return the splits that are there."""
         splits = {name: self._split(name) for name in find_splits(self.root)}
         return splits["train"], splits.get("val"), splits.get("test")
+
+    def whole_images(self, shorter_side: int) -> Any:
+        """The test split in order, not cropped but resized; see `ImageData`."""
+        if self.cache:
+            raise ValueError("data.cache=true keeps cropped images alone: set it to false to measure whole ones.")
+        if shorter_side < self.image_size:
+            raise ValueError(
+                f"Expected whole images whose shorter side has at least the {self.image_size} pixels of "
+                f"data.image_size, but got shorter_side={shorter_side}: make it larger."
+            )
+        if self.test_set is None:
+            raise ValueError(f"{type(self).__name__} has no test split here to measure whole images of; give it one.")
+        return self._evaluation(self.test_set.whole(shorter_side))
 
     def _split(self, name: str) -> EncodedSet | ArraySet:
         files, targets = label_images(find_splits(self.root)[name], self.classes)

@@ -178,15 +178,40 @@ class ImageData(LightningDataModule):
         """
         if self.train_set is None or not self.val_set:
             return None
-        loaders = []
-        for dataset, most in ((self.train_set, limit), (self.val_set, None)):
-            known = (dataset.targets >= 0).nonzero().flatten()
-            if not len(known):
-                return None
-            if most is not None and most < len(known):
-                known = known[torch.arange(most) * len(known) // most]
-            loaders.append(self._evaluation(_Part(_as_evaluated(dataset), known)))
-        return loaders[0], loaders[1]
+        parts = [_labelled(self.train_set, limit), _labelled(self.val_set, None)]
+        if not all(map(len, parts)):
+            return None
+        return self._evaluation(parts[0]), self._evaluation(parts[1])
+
+    def training_images(self, limit: int | None = None) -> Any:
+        """The labelled training samples in order and without augmentation, each exactly once over all processes.
+
+        Args:
+            limit: take at most this many, spread evenly: files are often sorted by class.
+
+        Raises:
+            ValueError: no training sample has a label.
+        """
+        part = _labelled(self.train_set, limit)
+        if not len(part):
+            raise ValueError(f"{type(self).__name__} has no labelled training images here; use labelled data.")
+        return self._evaluation(part)
+
+    def whole_images(self, shorter_side: int) -> Any:
+        """The test split in order, not cropped but resized, each sample exactly once over all processes.
+
+        A batch is a list of uint8 images (3, H, W), of different shapes, and their targets (B,).
+
+        Args:
+            shorter_side: of the images after resizing, in pixels.
+
+        Raises:
+            ValueError: there are no whole images, no test split, or the images would be smaller than the crops.
+        """
+        raise ValueError(
+            f"{type(self).__name__} has images of one size alone and no whole ones: use ImageFolder or ImageNet, or "
+            "leave out what measures whole images."
+        )
 
     def to_float(self, images: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         """Turn uint8 images into floats in [0, 1] without augmentation."""
@@ -234,6 +259,14 @@ class _Part(Subset):
     def evaluation(self) -> "_Part":
         """The same samples without augmentation."""
         return _Part(_as_evaluated(self.dataset), torch.tensor(self.indices, dtype=torch.long))
+
+
+def _labelled(dataset: Any, limit: int | None) -> _Part:
+    """Samples with a label, without augmentation; at most so many, spread evenly."""
+    known = (dataset.targets >= 0).nonzero().flatten()
+    if limit is not None and limit < len(known):
+        known = known[torch.arange(limit) * len(known) // limit]
+    return _Part(_as_evaluated(dataset), known)
 
 
 def _as_evaluated(dataset: Any) -> Any:
