@@ -47,8 +47,8 @@ class Reconstruction(Task):
         loss: `relative` to the target's energy, the same for every network, or `euclidean` as in the paper's code.
         weights: of the losses, the image's first; None: one each (`relative`), or those of the paper's code.
         detach_targets: let no gradient flow into the encoder's maps as targets. The paper's code lets it.
-        decoder_from: a run of this task, or a checkpoint of one, whose decoder is taken. Its encoder must be the one that
-            `init_from` gives, so name the same run in both.
+        decoder_from: a run of this task, or a checkpoint of one, whose decoder is taken. Its encoder must be the one
+            that `init_from` gives, so name the same run in both.
         kwargs: see `Task`. The backbone must be a plain row of layers, such as `vgg16_bn` or `vgg16_small`.
     """
 
@@ -175,8 +175,9 @@ class Reconstruction(Task):
         if given is None:
             given = [1.0] * count if self.loss == "relative" else [*PUBLISHED_WEIGHTS[:count]]
         if len(given) != count or min(given) < 0 or not any(given):
+            numbers = "number" if count == 1 else "numbers"
             raise ValueError(
-                f"model.weights must be {count} numbers of at least 0 (the image's first; variant {self.variant}, "
+                f"model.weights must be {count} {numbers} of at least 0 (the image's first; variant {self.variant}, "
                 f"{len(self.decoder.stages)} poolings), not all 0, but got {given}."
             )
         return list(given)
@@ -195,7 +196,8 @@ class Reconstruction(Task):
         if unfit:
             raise ValueError(
                 f"model.decoder_from: {len(unfit)} tensors of the decoder in {source!r} ({len(given)} tensors) do not "
-                f"fit this one ({len(own)}), such as {min(unfit)}: use a run with the same backbone and depth."
+                f"fit this one ({len(own)}), such as {min(unfit)}: use a run of Reconstruction with the same backbone "
+                "and depth."
             )
         self._check_same_encoder(source, state)
         self.decoder.load_state_dict(given)
