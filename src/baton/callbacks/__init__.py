@@ -1,5 +1,6 @@
 """Callbacks: looking at a run from outside. None of them knows a task."""
 
+from baton.callbacks.dirac_scales import DiracScales as DiracScales
 from baton.callbacks.pictures import Pictures as Pictures
 from baton.callbacks.progress import ProgressBar as ProgressBar
 from baton.callbacks.side_evaluation import OnlineKNN as OnlineKNN
