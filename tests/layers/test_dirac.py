@@ -198,6 +198,10 @@ COMPILED = """
 import torch
 from baton.layers import DiracConv2d
 
+layer, x = DiracConv2d(4, 6, 3), torch.randn(2, 4, 6, 6)
+with torch.no_grad():
+    program = torch.export.export(layer, (x,)).run_decompositions()  # as an export to ONNX does
+    torch.testing.assert_close(program.module()(x), layer(x))
 for kwargs in ({}, {"normalize": False}, {"scaled": False}):
     layer = DiracConv2d(4, 6, 3, padding=1, **kwargs)
     x = torch.randn(2, 4, 6, 6)
@@ -208,7 +212,16 @@ for kwargs in ({}, {"normalize": False}, {"scaled": False}):
 """
 
 
+@pytest.mark.parametrize(("normalize", "scaled"), FORMS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_exported_it_is_the_same(shape, normalize, scaled, monkeypatch):
+    layer = drawn(shape, normalize, scaled)
+    expected = layer.effective_weight()
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+    torch.testing.assert_close(layer.effective_weight(), expected, rtol=1e-14, atol=1e-14)
+
+
 @pytest.mark.slow
-def test_compiled_it_is_the_same():
+def test_compiled_and_exported_it_is_the_same():
     """In a process without the checks of shapes that tests add, which cannot be compiled."""
     subprocess.run([sys.executable, "-c", COMPILED], check=True)

@@ -86,6 +86,8 @@ class DiracConv2d(nn.Conv2d):
 
     def effective_weight(self) -> Float[Tensor, "out_channels in_channels kernel_height kernel_width"]:
         """The weight that the input is convolved with."""
+        if torch.compiler.is_exporting():
+            return _compose_densely(self.weight, self.a, self.b)
         return _Compose.apply(self.weight, self.a, self.b)
 
     def forward(
@@ -146,6 +148,15 @@ class _Compose(torch.autograd.Function):
             of_weight = grad * _filters(scale)
             of_weight.addcmul_(weight, _filters(scale * of_b / length), value=-1)
         return of_weight, of_a, of_b
+
+
+def _compose_densely(weight: Tensor, a: Tensor | None, b: Tensor | None) -> Tensor:
+    """The same with a dense delta and nothing in place, which exported graphs cannot have."""
+    delta = torch.eye(*weight.shape[:2], dtype=weight.dtype, device=weight.device)
+    delta = delta if a is None else a[:, None] * delta
+    height, width = (size // 2 for size in weight.shape[2:])
+    filters = weight if b is None else weight * _filters(b / _length(weight))
+    return F.pad(delta[:, :, None, None], (width, width, height, height)) + filters
 
 
 def _length(weight: Tensor) -> Tensor:
