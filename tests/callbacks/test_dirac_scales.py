@@ -48,7 +48,7 @@ def test_every_layer_is_recorded(every, epochs, tmp_path):
         assert len(logged.column(name)) == len(epochs) - 1
         mean = np.mean([means[position] for means in last.values()])
         assert logged.column(name)[-1] == pytest.approx(mean, rel=1e-6)
-    assert Image.open(tmp_path / "pictures/dirac_scales.png").size == (1500, 540)
+    assert Image.open(tmp_path / "pictures/dirac_scales.png").size == (1530, 540)
 
 
 def test_it_changes_nothing():
@@ -76,7 +76,7 @@ def test_networks_without_b_or_without_scales(tmp_path):
     assert {row["b_mean"] for row in read(tmp_path)} == {""}
     assert logged.column("dirac/a_mean") != []
     assert logged.column("dirac/b_mean") == []
-    assert Image.open(tmp_path / "dirac_scales.png").size == (825, 540), "there is one panel"
+    assert Image.open(tmp_path / "dirac_scales.png").size == (900, 540), "there is one panel"
     for without in (
         WRN,
         {"backbone": "wide_resnet", "backbone_kwargs": {"depth": 10, "width": 1, "dirac": "identity"}},
@@ -93,14 +93,15 @@ def test_what_is_drawn():
         for epoch in (0, 1, 2)
         for i, layer in enumerate(["group1.0", "group1.1", "group2.0"])
     ]
-    axes = draw(rows).axes
+    figure = draw(rows)
+    axes = figure.axes
     assert [axis.get_title().split(" (")[0] for axis in axes] == ["mean a", "mean b"]
     lines = axes[0].get_lines()
     assert [line.get_ydata().tolist() for line in lines] == [[1, 2, 3], [2, 3, 4], [3, 4, 5]]
     assert all(line.get_xdata().tolist() == [0, 1, 2] for line in lines)
     brightness = [sum(line.get_color()[:3]) for line in lines]
     assert brightness[1] < brightness[0], "the deeper layer of a group is not darker"
-    assert [text.get_text() for text in axes[0].get_legend().get_texts()] == ["group1", "group2"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["group1", "group2"]
 
 
 def test_the_command_writes_into_the_run(tmp_path, monkeypatch):

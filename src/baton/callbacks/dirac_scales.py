@@ -125,7 +125,7 @@ def draw(rows: Sequence[Row]) -> Any:
     groups: dict[str, list[str]] = {}
     for layer in dict.fromkeys(row.layer for row in rows):
         groups.setdefault(layer.partition(".")[0], []).append(layer)
-    figure = Figure(figsize=(1 + 4.5 * len(terms), 3.6), dpi=150, layout="constrained")
+    figure = Figure(figsize=(1.8 + 4.2 * len(terms), 3.6), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     for axis, term in zip(figure.subplots(1, len(terms), squeeze=False)[0], terms, strict=True):
         for number, (group, layers) in enumerate(groups.items()):
@@ -140,7 +140,10 @@ def draw(rows: Sequence[Row]) -> Any:
         axis.grid(color="0.92")
         axis.set_axisbelow(True)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(frameon=False, fontsize=8, title="darker: deeper", title_fontsize=8)
+    legend = axis.get_legend_handles_labels()
+    figure.legend(
+        *legend, loc="outside right upper", frameon=False, fontsize=8, title="darker: deeper", title_fontsize=8
+    )
     return figure
 
 
