@@ -80,9 +80,8 @@ def test_large_networks_are_resnets_without_projections_and_with_scales(name, pr
     assert round(sum(of_resnet.values()) / 1e6, 1) == {"diracnet18": 11.7, "diracnet34": 21.8}[name]
 
 
-def test_depth_counts_convolutions_and_the_classifier_as_resnets_do():
-    """Depth 6n + 4 has one convolution in the stem and 6n in the groups; of the other three the name counts, two are
-    the projections that residual networks have."""
+def test_groups_have_six_n_convolutions():
+    """And large ones all but the stem's and the classifier's, as a name of a ResNet counts."""
     for size in SIZES:
         depth = int(size.split("_")[0])
         assert sum(layers_per_group(depth)) == depth - 4

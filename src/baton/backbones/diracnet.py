@@ -16,8 +16,9 @@ A layer is ReLU, 3×3 convolution (`DiracConv2d`), BatchNorm, in this order; the
 
 The code's small stem ends with a ReLU, which changes nothing before the first layer's own and is left out. The thesis
 draws a stem of 16 channels and leaves "dimensionality changing layers" out; as in the code, the stem has 16k channels
-and the first layer of a group changes their number. The maps of the groups, the entries of `feature_info`, are those
-before the next ReLU.
+and the first layer of a group changes their number. The 11.7M and 21.8M parameters of table 5.11 for large images are
+those of the ResNets beside them, whose 1×1 projections DiracNets lack: they have 11.5M and 21.6M. The maps of the
+groups, the entries of `feature_info`, are those before the next ReLU.
 
 Initialisation is the code's: Kaiming normal over the fan-in (see `DiracConv2d` for the paper's N(0, 1)), a = 1.0,
 b = 0.1, BatchNorm scales uniform in (0, 1) and shifts zero, the classifier Kaiming normal with zero bias. Weight decay
