@@ -20,6 +20,7 @@ import baton.distill
 import baton.ssl_tasks
 import baton.supervised
 from baton import handover
+<<<<<<< HEAD
 from baton.callbacks import (  # noqa: F401 (short names)
     OnlineKNN,
     OnlineLinearProbe,
@@ -28,6 +29,9 @@ from baton.callbacks import (  # noqa: F401 (short names)
     TestOnTrainingImages,
     TestOnWholeImages,
 )
+=======
+from baton.callbacks import DiracScales, OnlineKNN, OnlineLinearProbe, Pictures, ProgressBar  # noqa: F401 (short names)
+>>>>>>> dirac
 from baton.callbacks.predictions import PredictionWriter
 from baton.data.images import ImageData
 from baton.mistakes import check_recipes, explain
@@ -228,10 +232,10 @@ class BatonCLI(LightningCLI):
             callbacks.append(ProgressBar())
         if self.subcommand == "predict":
             return [*callbacks, PredictionWriter(str(self.run.path / "predictions"))]
-        pictures = [callback for callback in own if isinstance(callback, Pictures)]
-        for callback in pictures:
-            callback.folder = callback.folder or str(self.run.path / "pictures")
-        if not pictures:
+        for callback in own:
+            if isinstance(callback, Pictures | DiracScales):
+                callback.folder = callback.folder or str(self.run.path / "pictures")
+        if not any(isinstance(callback, Pictures) for callback in own):
             callbacks.append(Pictures(folder=str(self.run.path / "pictures")))
         if self.subcommand == "fit" and given.get("enable_checkpointing") is not False:
             callbacks += self._checkpoints()

@@ -209,7 +209,8 @@ def test_bf16_autocast(built):
             scores = model(x)
     assert scores.dtype == torch.bfloat16
     assert torch.isfinite(scores).all()
-    assert (scores.float() - expected).norm() < 0.1 * expected.norm()
+    scores, expected = scores.double(), expected.double()  # a fresh deep network gives scores whose squares vanish
+    assert (scores - expected).norm() < 0.1 * expected.norm()
 
 
 @on_values

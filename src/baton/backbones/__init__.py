@@ -10,6 +10,8 @@ from baton.backbones import (  # noqa: F401  (importing registers)
     autoresolution_image,
     autoresolution_patch,
     dae_encoder,
+    diracnet,
+    diracnet_plain,
     fully_convolutional,
     nin,
     split_brain,

@@ -8,6 +8,8 @@ from jaxtyping import Float
 from timm.layers import create_classifier
 from torch import Tensor, nn
 
+from baton.layers.dirac import scale_names
+
 
 class MapPool(nn.Module):
     """Average a map down to `grid` x `grid` cells and flatten it, so that a classifier sees where things are.
@@ -67,8 +69,8 @@ class HeadedNetwork(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters that weight decay must spare beyond biases and norms: none."""
-        return set()
+        """Names of parameters that weight decay must spare beyond biases and norms: the scales of Dirac layers."""
+        return scale_names(self)
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:

@@ -15,6 +15,10 @@ are the maps that attention transfer compares (thesis, chapter 6) and the three 
 Initialisation follows the authors' PyTorch port: convolutions are Gaussian with standard deviation sqrt(2 / fan-in),
 BatchNorm scales uniform in (0, 1) and shifts zero (the old Torch default), the classifier Kaiming normal over the
 fan-in with gain sqrt(2) and zero bias (their Lua code draws it uniformly in ±1 / sqrt(fan-in) instead).
+
+Dirac-ResNets, section 5.3.3 of the thesis: `dirac` gives every convolution, stem and projections included, an implicit
+identity (`baton.layers.DiracConv2d`). The study of initialisations there trains ResNet-28 with weights I + W, W drawn
+with a standard deviation from 1e-8 to 1 whatever the filters' shapes: `dirac="identity"`, `init_std=1e-8`.
 """
 
 from collections.abc import Sequence
@@ -30,7 +34,8 @@ from timm.models import (
 from torch import Tensor, nn
 
 from baton.backbones.staged import StagedNetwork
-from baton.backbones.wide_resnet_blocks import WideBlock, blocks_per_group, parse_block
+from baton.backbones.wide_resnet_blocks import DiracForm, WideBlock, blocks_per_group, convolution, parse_block
+from baton.layers.dirac import DiracConv2d
 
 STEM_CHANNELS = 16
 #: Of CIFAR as the authors' code has them, in units of [0, 1] pixels; they use them for CIFAR-100 too.
@@ -50,6 +55,9 @@ class WideResNet(StagedNetwork):
         block: kernel sizes of the convolutions in a block, see `parse_block`.
         drop_rate: dropout probability between the convolutions of a block.
         depth_rule: how blocks of mixed kernel sizes count, see `blocks_per_group`.
+        dirac: Dirac parameterisation of all convolutions: `identity` (I + W), `scaled` (diag(a) I + W, eq. 5.4) or
+            `normalized` (diag(a) I + diag(b) W / ||W||, eq. 5.5); None for ordinary ones.
+        init_std: standard deviation of the convolutions' W, whatever their shape; None draws it as above.
         num_classes: size of the classifier's output; 0 leaves the classifier out.
         in_chans: image channels.
         global_pool: timm's pooling type; `""` keeps the map and needs `num_classes=0`.
@@ -57,7 +65,7 @@ class WideResNet(StagedNetwork):
         dtype: type of the parameters.
 
     Raises:
-        ValueError: for a depth, width, block, drop rate or pooling that cannot be built.
+        ValueError: for a depth, width, block, drop rate, form of weights or pooling that cannot be built.
     """
 
     stage_names = ("group1", "group2", "group3")
@@ -69,6 +77,8 @@ class WideResNet(StagedNetwork):
         block: str | Sequence[int] = (3, 3),
         drop_rate: float = 0.0,
         depth_rule: Literal["paper", "convolutions"] = "paper",
+        dirac: DiracForm | None = None,
+        init_std: float | None = None,
         num_classes: int = 10,
         in_chans: int = 3,
         global_pool: str = "avg",
@@ -87,17 +97,20 @@ class WideResNet(StagedNetwork):
                 f"Expected a block of two or more convolutions, because drop_rate={drop_rate} acts between them, "
                 f"but got B({kernel_sizes[0]}); set drop_rate=0."
             )
+        if init_std is not None and init_std < 0:
+            raise ValueError(f"Expected init_std of 0 or more, but got {init_std}.")
         self.in_chans = in_chans
-        self.drop_rate = drop_rate
+        self.drop_rate, self.init_std = drop_rate, init_std
         placed: dict[str, Any] = {"device": device, "dtype": dtype}
+        made = {"dirac": dirac, "init_std": init_std, **placed}
 
-        self.stem = nn.Conv2d(in_chans, STEM_CHANNELS, 3, padding=1, bias=False, **placed)
+        self.stem = convolution(in_chans, STEM_CHANNELS, 3, **made)
         self.feature_info: list[dict[str, Any]] = []
         channels = STEM_CHANNELS
         for i, name in enumerate(self.stage_names):
             wide, stride = 16 * 2**i * width, 1 if i == 0 else 2
-            first = WideBlock(channels, wide, kernel_sizes, stride, drop_rate, **placed)
-            rest = (WideBlock(wide, wide, kernel_sizes, 1, drop_rate, **placed) for _ in range(n - 1))
+            first = WideBlock(channels, wide, kernel_sizes, stride, drop_rate, **made)
+            rest = (WideBlock(wide, wide, kernel_sizes, 1, drop_rate, **made) for _ in range(n - 1))
             self.add_module(name, nn.Sequential(first, *rest))
             self.feature_info.append({"num_chs": wide, "reduction": 2**i, "module": name})
             channels = wide
@@ -113,8 +126,13 @@ class WideResNet(StagedNetwork):
                 module.reset_running_stats()
                 nn.init.uniform_(module.weight)
                 nn.init.zeros_(module.bias)
+            elif isinstance(module, DiracConv2d):
+                module.reset_parameters()
             elif isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+                if self.init_std is None:
+                    nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+                else:
+                    nn.init.normal_(module.weight, std=self.init_std)
             elif isinstance(module, nn.Linear):
                 self.init_classifier(module)
 

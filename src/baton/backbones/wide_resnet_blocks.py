@@ -1,6 +1,7 @@
 """The residual blocks of Wide ResNets, B(M) for a list M of kernel sizes, and how they make up a depth.
 
 Zagoruyko and Komodakis, "Wide Residual Networks", BMVC 2016 (arXiv:1605.07146); chapter 5.2.1 of Zagoruyko's thesis.
+With Dirac parameterisation: chapter 5.3.3.
 """
 
 import re
@@ -12,6 +13,12 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+
+from baton.layers.dirac import DiracConv2d
+
+#: Weights of convolutions: I + W (the thesis's initialisation study), diag(a) I + W (eq. 5.4), or with W / ||W|| scaled
+#: by b (eq. 5.5).
+DiracForm = Literal["identity", "scaled", "normalized"]
 
 
 def parse_block(block: str | Sequence[int]) -> tuple[int, ...]:
@@ -75,6 +82,40 @@ def blocks_per_group(depth: int, block: Sequence[int], depth_rule: Literal["pape
     )
 
 
+def convolution(
+    in_channels: int,
+    out_channels: int,
+    kernel_size: int,
+    stride: int = 1,
+    dirac: DiracForm | None = None,
+    init_std: float | None = None,
+    **placed: Any,
+) -> nn.Conv2d:
+    """A convolution without bias that keeps the side at stride 1.
+
+    Args:
+        in_channels: channels that enter.
+        out_channels: channels that leave.
+        kernel_size: 1 or 3.
+        stride: step in pixels.
+        dirac: form of a Dirac convolution's weight; None for an ordinary one.
+        init_std: of a Dirac convolution, see `DiracConv2d`.
+        **placed: `device` and `dtype` of the parameters.
+
+    Raises:
+        ValueError: for another form.
+    """
+    padding = kernel_size // 2
+    if dirac is None:
+        return nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, bias=False, **placed)
+    if dirac not in ("identity", "scaled", "normalized"):
+        raise ValueError(f"Expected dirac None, 'identity', 'scaled' or 'normalized', but got {dirac!r}.")
+    normalize, scaled = dirac == "normalized", dirac != "identity"
+    return DiracConv2d(
+        in_channels, out_channels, kernel_size, stride, padding, normalize, scaled, init_std=init_std, **placed
+    )
+
+
 class WideBlock(nn.Module):
     """Pre-activation residual block of constant width: BatchNorm, ReLU, convolution, repeated for each kernel size.
 
@@ -88,6 +129,8 @@ class WideBlock(nn.Module):
         kernel_sizes: 1 or 3 for each convolution.
         stride: of the first convolution and of the projection.
         drop_rate: dropout probability between convolutions.
+        dirac: form of the weights of all convolutions, see `convolution`.
+        init_std: of Dirac convolutions.
         device: where the parameters are made.
         dtype: type of the parameters.
     """
@@ -99,20 +142,23 @@ class WideBlock(nn.Module):
         kernel_sizes: Sequence[int] = (3, 3),
         stride: int = 1,
         drop_rate: float = 0.0,
+        dirac: DiracForm | None = None,
+        init_std: float | None = None,
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.drop_rate = drop_rate
+        made: dict[str, Any] = {"dirac": dirac, "init_std": init_std, "device": device, "dtype": dtype}
         widths = (in_channels, *(out_channels for _ in kernel_sizes))
         self.norms = nn.ModuleList(nn.BatchNorm2d(w, device=device, dtype=dtype) for w in widths[:-1])
         self.convs = nn.ModuleList(
-            nn.Conv2d(a, b, k, stride if i == 0 else 1, k // 2, bias=False, device=device, dtype=dtype)
+            convolution(a, b, k, stride if i == 0 else 1, **made)
             for i, (k, (a, b)) in enumerate(zip(kernel_sizes, pairwise(widths), strict=True))
         )
         self.projection: nn.Conv2d | None = None
         if in_channels != out_channels or stride != 1:
-            self.projection = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False, device=device, dtype=dtype)
+            self.projection = convolution(in_channels, out_channels, 1, stride, **made)
 
     def forward(
         self, x: Float[Tensor, "batch in_channels height width"]

@@ -1,0 +1,99 @@
+"""Folding: BatchNorm and the Dirac parameterisation go into the weights of plain convolutions."""
+
+import copy
+from itertools import pairwise
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+from baton.layers.dirac import DiracConv2d
+
+Network = TypeVar("Network", bound=nn.Module)
+
+#: What can be folded is of exactly these types: another class may compute something else.
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, DiracConv2d)
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+@torch.no_grad()
+def fold(model: Network) -> Network:
+    """Copy a trained network so that its convolutions are plain and its BatchNorms are gone, and it computes the same.
+
+    With a BatchNorm of running mean m and variance v, scale g and shift h after a convolution of effective weight Ŵ and
+    bias c, the plain convolution has
+
+        weight  g / sqrt(v + eps) Ŵ          bias  h + (c - m) g / sqrt(v + eps)
+
+    Every BatchNorm must follow its convolution in an `nn.Sequential`, where the order of computation is certain; it is
+    removed from there, and layers that are named by their number move up. A Dirac convolution without a BatchNorm
+    becomes a plain one without bias. The rest stays, so that a folded backbone is still one: `forward_features`,
+    `forward_head` and `forward_intermediates` give what they gave. A folded DiracNet has the tensors of its plain twin
+    with `norm=False`: a chain of ReLUs and convolutions, Zagoruyko's thesis, section 5.3.1.
+
+    The copy equals what the original computes in evaluation mode, whatever the mode of either, but for dropout.
+
+    Args:
+        model: any network, left as it is; it may itself be the convolution.
+
+    Returns:
+        A network of the same class.
+
+    Raises:
+        ValueError: for a BatchNorm that is not directly after a convolution, or that keeps no running statistics.
+    """
+    folded = copy.deepcopy(model)
+    for row in list(folded.modules()):
+        if isinstance(row, nn.Sequential) and type(row).forward is nn.Sequential.forward:
+            _fold_row(row)
+    for name, module in folded.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            which = f"{name or 'the network itself'} ({type(module).__name__})"
+            raise ValueError(
+                "Expected every BatchNorm directly after a plain or Dirac convolution in an nn.Sequential, and with "
+                f"running statistics, but {which} is not: it cannot be folded."
+            )
+    for module in list(folded.modules()):
+        for name, child in module._modules.items():
+            if isinstance(child, DiracConv2d):
+                setattr(module, name, _plain(child))
+    return _plain(folded) if isinstance(folded, DiracConv2d) else folded
+
+
+def _fold_row(row: nn.Sequential) -> None:
+    """Fold every BatchNorm of a row into the convolution before it."""
+    layers = dict(row._modules)  # a layer may act several times
+    for (before, conv), (name, norm) in pairwise(row._modules.items()):
+        if type(conv) in _CONVOLUTIONS and type(norm) in _NORMS and norm.running_mean is not None:
+            layers[before] = _plain(conv, norm)
+            del layers[name]
+    if len(layers) < len(row):
+        numbered = all(name.isdecimal() for name in layers)
+        row._modules = {str(i) if numbered else name: layer for i, (name, layer) in enumerate(layers.items())}
+
+
+def _plain(conv: Any, norm: Any = None) -> Any:
+    """A convolution without parameterisation, that does what the BatchNorm after it did as well."""
+    weight = conv.effective_weight() if isinstance(conv, DiracConv2d) else conv.weight
+    bias = conv.bias
+    if norm is not None:
+        statistics = norm.running_mean, norm.running_var, norm.eps
+        weight, bias = fuse_conv_bn_weights(weight, bias, *statistics, norm.weight, norm.bias)
+    kind = nn.Conv2d if isinstance(conv, DiracConv2d) else type(conv)
+    plain = kind(
+        conv.in_channels,
+        conv.out_channels,
+        conv.kernel_size,
+        conv.stride,
+        conv.padding,
+        conv.dilation,
+        conv.groups,
+        bias is not None,
+        conv.padding_mode,
+        device="meta",
+    )
+    learns = conv.weight.requires_grad
+    plain.weight = nn.Parameter(weight.detach(), learns)
+    plain.bias = None if bias is None else nn.Parameter(bias.detach(), learns)
+    return plain.train(conv.training)
