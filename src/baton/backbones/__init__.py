@@ -12,6 +12,7 @@ from baton.backbones import (  # noqa: F401  (importing registers)
     dae_encoder,
     fully_convolutional,
     nin,
+    resnet_cifar,
     split_brain,
     vgg_small,
     wide_resnet,
