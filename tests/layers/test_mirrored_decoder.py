@@ -13,6 +13,7 @@ PLAIN = {
     "vgg16": (5, 64, {}),
     "vgg16_bn": (5, 64, {}),
     "vgg16_small": (5, 32, {"width": 0.1}),
+    "vgg19_small": (5, 32, {"width": 0.1}),
     "nin": (3, 32, {"width": 0.1}),
     "allcnn": (3, 32, {"width": 0.1}),
     "alexnet_bn": (3, 67, {"width": 0.1}),

@@ -14,6 +14,7 @@ from baton.backbones import (  # noqa: F401  (importing registers)
     diracnet_plain,
     fully_convolutional,
     nin,
+    resnet_cifar,
     split_brain,
     vgg_small,
     wide_resnet,

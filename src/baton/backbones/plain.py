@@ -40,11 +40,14 @@ Stages = Mapping[str, Sequence[Conv | nn.Module]]
 class PlainNetwork(StagedNetwork):
     """Base of plain networks. A subclass calls `_add_stages` and then `_finish`.
 
+    It may choose over which `fan` weights are drawn, and what BatchNorm adds to the variance, `norm_eps`.
+
     `feature_info` says beside channels and reduction by how many cells (`border`) missing padding makes a map smaller;
     `min_side` is the smallest image of which every layer leaves something.
     """
 
     fan: Literal["fan_in", "fan_out"] = "fan_in"
+    norm_eps: float = 1e-5
     min_side: int
 
     def _add_stages(self, stages: Stages, in_chans: int, width: float, norm: bool, **placed: Any) -> int:
@@ -72,7 +75,7 @@ class PlainNetwork(StagedNetwork):
                 out, padding = scaled_width(item.width, width), item.padding
                 padding = item.kernel // 2 if padding is None else padding
                 layers.append(nn.Conv2d(channels, out, item.kernel, item.stride, padding, bias=not norm, **placed))
-                layers += [nn.BatchNorm2d(out, **placed)] if norm else []
+                layers += [nn.BatchNorm2d(out, self.norm_eps, **placed)] if norm else []
                 layers.append(nn.ReLU())
                 channels = out
             self.add_module(name, nn.Sequential(*layers))
