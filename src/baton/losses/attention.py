@@ -38,9 +38,7 @@ def attention_map(
         ValueError: for a power below 1 or an unknown `reduce`.
     """
     if power < 1 or reduce not in ("sum", "max"):
-        raise ValueError(
-            f"Expected a power of at least 1 and reduce 'sum' or 'max', but got {power!r} and {reduce!r}."
-        )
+        raise ValueError(f"Expected a power of at least 1 and reduce 'sum' or 'max', but got {power!r} and {reduce!r}.")
     features = features.to(torch.promote_types(features.dtype, torch.float32))
     if reduce == "max":
         maps = features.abs().amax(1).pow(power)
