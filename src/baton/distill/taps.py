@@ -62,8 +62,8 @@ class Taps:
             if path not in versions:
                 wrong = "takes no part in its forward pass"
             elif not isinstance(output, Tensor) or output.ndim != 4:
-                what = f"of shape {tuple(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
-                wrong = f"returns {what}, no map (B, C, H, W)"
+                shape = f" of shape {tuple(output.shape)}" if isinstance(output, Tensor) else ""
+                wrong = f"returns a {type(output).__name__}{shape}, no map (B, C, H, W)"
             elif output._version != versions[path]:
                 wrong = "returns a map that the module after it overwrites"
             if wrong:
@@ -113,14 +113,15 @@ def group_paths(network: nn.Module) -> list[str]:
     """Return the paths of a network's groups of layers, as its `feature_info` names them.
 
     In the Wide ResNets these are the sums of residual blocks before the next BatchNorm and ReLU, which the public code
-    of attention transfer compares. A single layer, such as the activation of a ResNet's stem, is no group, unless the
-    network has nothing else (VGG).
+    of attention transfer compares. A single layer that comes first, such as the activation of a ResNet's stem, is no
+    group, unless the others are single layers, too (VGG).
 
     Args:
         network: a timm model.
     """
     paths = [str(row["module"]) for row in getattr(network, "feature_info", None) or []]
-    return [path for path in paths if any(True for _ in network.get_submodule(path).children())] or paths
+    single = [not list(network.get_submodule(path).children()) for path in paths]
+    return paths[1:] if len(paths) > 1 and single[0] and not single[1] else paths
 
 
 def _find(network: nn.Module, path: str, role: str) -> nn.Module:
