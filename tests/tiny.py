@@ -106,7 +106,12 @@ def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> boo
 
 
 def hand_over(
-    folder: Path, backbone: str = "wide_resnet", classes: list[str] | int = 3, cfg: Any = None, seed: int = 7, **kwargs: Any
+    folder: Path,
+    backbone: str = "wide_resnet",
+    classes: list[str] | int = 3,
+    cfg: Any = None,
+    seed: int = 7,
+    **kwargs: Any,
 ) -> str:
     """Write a model folder of an untrained network with its classifier, and return where it is."""
     names = classes if isinstance(classes, list) else None
@@ -118,5 +123,7 @@ def hand_over(
             if isinstance(module, torch.nn.BatchNorm2d):  # as if it had seen something
                 torch.nn.init.uniform_(module.running_mean, -0.3, 0.3)
                 torch.nn.init.uniform_(module.running_var, 0.5, 2.0)
-    write_model(folder, network, backbone_kwargs=kwargs, config={}, metrics={}, parent=None, classes=names, replace=True)
+    write_model(
+        folder, network, backbone_kwargs=kwargs, config={}, metrics={}, parent=None, classes=names, replace=True
+    )
     return str(folder)

@@ -11,7 +11,7 @@ def test_bright_is_where_attention_is():
     left[:, :, :3], right[:, :, 2] = 5.0, 0.001  # each map has a scale of its own
     picture = draw_attention(images, {"left": left, "right": right})
     assert picture.shape[0] == 3
-    assert 0 <= picture.min()
+    assert picture.min() >= 0
     assert picture.max() <= 1
     height, width = picture.shape[1:]
     rows = picture.mean(0)[height // 3 :].view(-1)[: 2 * (height // 3) * width].view(2, height // 3, width)

@@ -109,7 +109,10 @@ def test_a_transformer_has_no_maps_to_compare():
 def test_pairs():
     thin, resnet = network("wide_resnet"), network("test_resnet")
     assert pair_paths(thin, network("nin"), None) == (["group1", "group2", "group3"],) * 2
-    assert pair_paths(thin, resnet, [["group1", "layer2"], ["stem", "act1"]]) == (["group1", "stem"], ["layer2", "act1"])
+    assert pair_paths(thin, resnet, [["group1", "layer2"], ["stem", "act1"]]) == (
+        ["group1", "stem"],
+        ["layer2", "act1"],
+    )
     message = r"student has 3 groups of layers \(group1, group2, group3\), the teacher has 4 \(layer1, .*model\.pairs"
     with pytest.raises(ValueError, match=message):
         pair_paths(thin, resnet, None)

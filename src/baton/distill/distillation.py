@@ -106,6 +106,7 @@ class Distillation(Task):
         self.at_map: dict[str, Any] = {"power": at_power, "reduce": at_reduce}
         self.at_form = at_form
         self._check_options(teacher)
+        self._source = teacher
         self.teacher: Teacher | None = None
         self._recorded: dict[str, Any] | None = None  # what a checkpoint says about the teacher
         self.student = Taps(self.backbone)
@@ -137,15 +138,15 @@ class Distillation(Task):
         self.need_classifier(classes)
         self.metrics = MetricCollection({**top_accuracies(classes)})
         if self._trainer is None:
-            if self.hparams["teacher"] is not None:
-                self._bring_in(self.hparams["teacher"])
+            if self._source is not None:
+                self._bring_in(self._source)
         elif self.trainer.state.fn == "fit":
             self.on_fit_start()
 
     def on_fit_start(self) -> None:
         """Bring in the teacher, if it is not here yet: a task that was only evaluated or loaded has none."""
         if self.teacher is None and self._uses(_TEACHER):
-            source = self.hparams["teacher"] or (self._recorded or {}).get("source")
+            source = self._source or (self._recorded or {}).get("source")
             if source is None:
                 raise ValueError("model.teacher is missing: name the run, or the model, that the student learns from.")
             self._bring_in(source)
@@ -249,7 +250,7 @@ class Distillation(Task):
         return list(zip(self.student.paths, self.teacher.taps.paths, strict=True))
 
     def _present_weights(self) -> dict[str, float]:
-        if self._trainer is None:
+        if self._trainer is None or not self.trainer.training:
             return self.weights.now()
         per_epoch, epochs = self._training_length()
         return self.weights.now(self.global_step / per_epoch, epochs)
