@@ -331,6 +331,33 @@ def test_a_student_learns_what_its_teacher_says(teacher):
         assert values[-1] < 0.7 * values[0], name
 
 
+def test_channels_last_and_bf16_teach_the_same(teacher):
+    def losses(precision="32-true", **options):
+        model = task(teacher, kd_weight=1.0, at_weight=10.0, hint_weight=0.1, **options)
+        rows = fit(model, Arrays(16, val=8), 2, log_every_n_steps=1, precision=precision)
+        return model, rows.column("train/loss")
+
+    _, plain = losses()
+    model, last = losses(channels_last=True)
+    assert model.teacher.network.stem.weight.is_contiguous(memory_format=torch.channels_last)
+    assert last == pytest.approx(plain, rel=1e-3)
+    _, half = losses("bf16-mixed")
+    assert half == pytest.approx(plain, rel=0.1)
+    assert half != plain
+
+
+@pytest.mark.slow
+def test_compiled_networks_teach_the_same(teacher, monkeypatch):
+    compiled, original = [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function: compiled.append(function.__name__) or original(function))
+    losses = {}
+    for compile_it in (False, True):
+        model = task(teacher, kd_weight=1.0, at_weight=10.0, hint_weight=0.1, compile=compile_it)
+        losses[compile_it] = fit(model, Arrays(16, val=8), 1, log_every_n_steps=1).column("train/loss")
+    assert compiled == ["forward_features", "forward_intermediates"] * 2
+    assert losses[True] == pytest.approx(losses[False], rel=1e-3)
+
+
 def test_pictures_show_every_pair(teacher):
     model = built(teacher, at_weight=1.0, pairs=[["group1", "group1"], ["group3", "group2"]])
     picture = model.pictures(batch())["attention"]

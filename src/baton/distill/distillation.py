@@ -141,15 +141,11 @@ class Distillation(Task):
             if self._source is not None:
                 self._bring_in(self._source)
         elif self.trainer.state.fn == "fit":
-            self.on_fit_start()
+            self._need_teacher()
 
     def on_fit_start(self) -> None:
-        """Bring in the teacher, if it is not here yet: a task that was only evaluated or loaded has none."""
-        if self.teacher is None and self._uses(_TEACHER):
-            source = self._source or (self._recorded or {}).get("source")
-            if source is None:
-                raise ValueError("model.teacher is missing: name the run, or the model, that the student learns from.")
-            self._bring_in(source)
+        """Bring in the teacher of a task that was evaluated, or loaded from a checkpoint, before."""
+        self._need_teacher()
 
     def on_train_start(self) -> None:
         """Make sure that training is long enough for what is scheduled."""
@@ -254,6 +250,13 @@ class Distillation(Task):
             return self.weights.now()
         per_epoch, epochs = self._training_length()
         return self.weights.now(self.global_step / per_epoch, epochs)
+
+    def _need_teacher(self) -> None:
+        if self.teacher is None and self._uses(_TEACHER):
+            source = self._source or (self._recorded or {}).get("source")
+            if source is None:
+                raise ValueError("model.teacher is missing: name the run, or the model, that the student learns from.")
+            self._bring_in(source)
 
     def _bring_in(self, source: str) -> None:
         """Load the teacher, and make sure, before any training, that this student can learn from it."""
