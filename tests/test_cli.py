@@ -67,7 +67,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (
             ["fit", "--help"],
             0,
-            "tasks (--model): Autoresolution, Classification, Denoising, LinearProbes, Reconstruction, SplitBrain",
+            "tasks (--model): Autoresolution, Classification, Denoising, Distillation, LinearProbes, Reconstruction, "
+            "SplitBrain",
         ),
         (["predict", "-h"], 0, "usage: baton predict"),
         (["list"], 0, "baton list backbones"),

@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from baton.data import Shapes
 from baton.handover import read_source
+from tiny import hand_over
 
 pytestmark = pytest.mark.slow
 
@@ -35,6 +37,12 @@ TASKS = {
         "--model.bins=[10, 4]", "--model.size=4",
     ],
     "LinearProbes": ["--model.max_features=600"],
+    # every term at once; TEACHER stands for a folder
+    "Distillation": [
+        "--model.teacher=TEACHER", "--model.backbone=nin", "--model.backbone_kwargs={norm: false, width: 0.1}",
+        "--model.kd_weight=0.9", "--model.at_weight=10", "--model.hint_weight=0.1", "--model.gradient_weight=0.01",
+        "--model.symmetry_weight=0.01", "--model.gradient_penalty_weight=0.01", "--model.final={at: 0.0}",
+    ],
 }  # fmt: skip
 NORM_FREE = ["--model.backbone=test_vit", "--model.backbone_kwargs={img_size: 32}"]
 TWO = ["--trainer.devices=2", "--trainer.strategy=ddp"]
@@ -135,7 +143,8 @@ def pair(tmp_path_factory):
     @functools.cache
     def both(task: str) -> tuple[Path, Path, str]:
         root = tmp_path_factory.mktemp(task)
-        options = [*NORM_FREE, *TASKS[task], "--run.wandb=true"]
+        teacher = hand_over(tmp_path_factory.mktemp("teacher"), "nin", classes=Shapes().num_classes, width=0.2)
+        options = [option.replace("TEACHER", teacher) for option in (*NORM_FREE, *TASKS[task], "--run.wandb=true")]
         run(argv(root, "--data.batch_size=8", *options, task=task, name="one"))
         printed = run(argv(root, "--data.batch_size=4", *TWO, *options, task=task, name="two"))
         return root / "one", root / "two", printed
@@ -175,7 +184,6 @@ def test_negatives_are_rolled_within_each_process(tmp_path):
     """One process that rolls within the halves two processes would have, sample by sample, gives the same weights."""
     from lightning import seed_everything
 
-    from baton.data import Shapes
     from baton.optim import Optimizer
     from baton.ssl_tasks import Autoresolution
 

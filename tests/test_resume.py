@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from baton import cli, run
+from baton.data import Shapes
 from baton.task import Task
+from tiny import hand_over
 
 TASKS = {
     "denoising": ["--model", "Denoising", "--model.noise=gaussian"],
@@ -29,7 +31,18 @@ TASKS = {
         "--model.backbone_kwargs={base: wide_resnet, base_kwargs: {depth: 10, width: 1, drop_rate: 0.3}}",
     ],
     "linear_probes": ["--model", "LinearProbes", "--model.max_features=600"],
+    "distillation": [  # TEACHER stands for a folder
+        "--model", "Distillation", "--model.teacher=TEACHER", "--model.kd_weight=0.9", "--model.at_weight=100",
+        "--model.hint_weight=0.1", "--model.gradient_penalty_weight=0.001", "--model.start_epoch={hint: 2}",
+        "--model.final={at: 0.0}",
+    ],
 }  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _teacher(tmp_path_factory):
+    folder = hand_over(tmp_path_factory.mktemp("teacher"), classes=Shapes().num_classes, depth=10, width=2)
+    TASKS["distillation"] = [option.replace("TEACHER", folder) for option in TASKS["distillation"]]
 
 
 def command(task: str, root: Path, *more: str) -> list[str]:

@@ -9,13 +9,14 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from baton.backbones import create_backbone
+from baton.distill import Distillation
 from baton.handover import read_source, write_model
 from baton.optim import LRScheduler, Optimizer
 from baton.random_state import fixed_randomness
 from baton.ssl_tasks import Autoresolution, Denoising, Reconstruction, SplitBrain
 from baton.supervised import Classification, LinearProbes
 from baton.task import Task
-from tiny import WRN, Arrays, Rows, fit, same, state, trainer
+from tiny import WRN, Arrays, Rows, fit, hand_over, same, state, trainer
 
 
 class Numbered(Task):
@@ -124,9 +125,10 @@ SYNCHRONISING = ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__flo
         "split_brain",
         "linear_probes",
         "reconstruction",
+        "distillation",
     ],
 )
-def test_no_step_between_logs_waits_for_the_device(kind, monkeypatch):
+def test_no_step_between_logs_waits_for_the_device(kind, monkeypatch, tmp_path):
     calls, where = [], [None]
 
     def watched(name, original):
@@ -159,6 +161,17 @@ def test_no_step_between_logs_waits_for_the_device(kind, monkeypatch):
         "linear_probes": lambda: LinearProbes(**WRN),
         "reconstruction": lambda: Reconstruction(
             classification_weight=1, optimizer=Optimizer(lr=0.001), backbone="nin", backbone_kwargs={"width": 0.1}
+        ),
+        "distillation": lambda: Distillation(
+            hand_over(tmp_path / "teacher", depth=10, width=2),
+            kd_weight=1.0,
+            at_weight=10.0,
+            hint_weight=0.1,
+            gradient_weight=0.1,
+            symmetry_weight=0.1,
+            final={"at": 0.0},
+            optimizer=Optimizer(lr=0.001),
+            **WRN,
         ),
         "smoothed": lambda: Classification(label_smoothing=0.1, head_drop_rate=0.5, **WRN),
     }

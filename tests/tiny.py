@@ -1,12 +1,15 @@
 """Tiny data, trainers and a logger that remembers, for tests that train."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger
 
+from baton.backbones import create_backbone
 from baton.data.images import ArraySet, ImageData
+from baton.handover import write_model
 
 WRN = {"backbone": "wide_resnet", "backbone_kwargs": {"depth": 10, "width": 1}}
 
@@ -100,3 +103,27 @@ def state(module: Any) -> dict[str, torch.Tensor]:
 def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
     """Whether two states are equal bit for bit."""
     return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def hand_over(
+    folder: Path,
+    backbone: str = "wide_resnet",
+    classes: list[str] | int = 3,
+    cfg: Any = None,
+    seed: int = 7,
+    **kwargs: Any,
+) -> str:
+    """Write a model folder of an untrained network with its classifier, and return where it is."""
+    names = classes if isinstance(classes, list) else None
+    count = len(classes) if isinstance(classes, list) else classes
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        network = create_backbone(backbone, num_classes=count, pretrained_cfg_overlay=cfg or {}, **kwargs)
+        for module in network.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):  # as if it had seen something
+                torch.nn.init.uniform_(module.running_mean, -0.3, 0.3)
+                torch.nn.init.uniform_(module.running_var, 0.5, 2.0)
+    write_model(
+        folder, network, backbone_kwargs=kwargs, config={}, metrics={}, parent=None, classes=names, replace=True
+    )
+    return str(folder)

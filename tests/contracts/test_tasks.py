@@ -32,6 +32,7 @@ NEEDS: dict[str, list[str]] = {
         "--model.patch_backbone=autoresolution_patch_rf9", "--model.patch_backbone_kwargs={{width: 0.2}}",
         "--model.super_patch=12", "--model.low_resolution_factor=2", "--model.head_width=8",
     ],
+    "Distillation": ["--model.teacher={Classification}", "--model.kd_weight=0.9", "--model.ce_weight=0.1"],
     "SplitBrain": ["--model.space=lab", "--model.bins=[10, 4]", "--model.size=4"],
 }  # fmt: skip
 KWARGS = {"depth": 10, "width": 1, "drop_rate": 0.1}

@@ -1,1 +1,3 @@
 """Distillation recipes: one idea a file."""
+
+from baton.distill.distillation import Distillation as Distillation

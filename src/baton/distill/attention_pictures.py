@@ -1,0 +1,44 @@
+"""Pictures of attention: where a student and its teacher look in the same images (figures 6.4 and 6.6)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+
+def draw_attention(
+    images: Float[Tensor, "n 3 h w"], rows: Mapping[str, Float[Tensor, "n _ _"]]
+) -> Float[Tensor, "3 height width"]:
+    """Draw images, and below them their attention maps, enlarged: dark where a map is 0, bright where it is largest.
+
+    Args:
+        images: in [0, 1].
+        rows: maps of these images of at least 0, by what is written beside them.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    count, size = len(images), images.shape[2:]
+    figure = Figure(figsize=(1.3 * count + 0.3, 1.3 * (len(rows) + 1)), dpi=100, layout="constrained")
+    axes = figure.subplots(len(rows) + 1, count, squeeze=False)
+    for axis in axes.ravel():
+        axis.set(xticks=[], yticks=[])
+    for axis, image in zip(axes[0], images, strict=True):
+        axis.imshow(_array(image.clamp(0, 1).permute(1, 2, 0)), interpolation="nearest")
+    for line, (name, maps) in zip(axes[1:], rows.items(), strict=True):
+        line[0].set_ylabel(name, fontsize=7)
+        large = F.interpolate(maps[:, None].float(), size=size, mode="bilinear", align_corners=False)[:, 0]
+        for axis, heat in zip(line, large, strict=True):
+            axis.imshow(_array(heat / heat.max().clamp_min(1e-12)), cmap="inferno", vmin=0, vmax=1)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    pixels = np.asarray(canvas.buffer_rgba())[..., :3].copy()
+    return torch.from_numpy(pixels).permute(2, 0, 1).float().div(255)
+
+
+def _array(values: Tensor) -> Any:
+    return values.detach().float().cpu().numpy()
