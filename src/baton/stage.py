@@ -20,8 +20,8 @@ import baton.distill
 import baton.ssl_tasks
 import baton.supervised
 from baton import handover
-<<<<<<< HEAD
 from baton.callbacks import (  # noqa: F401 (short names)
+    DiracScales,
     OnlineKNN,
     OnlineLinearProbe,
     Pictures,
@@ -29,9 +29,6 @@ from baton.callbacks import (  # noqa: F401 (short names)
     TestOnTrainingImages,
     TestOnWholeImages,
 )
-=======
-from baton.callbacks import DiracScales, OnlineKNN, OnlineLinearProbe, Pictures, ProgressBar  # noqa: F401 (short names)
->>>>>>> dirac
 from baton.callbacks.predictions import PredictionWriter
 from baton.data.images import ImageData
 from baton.mistakes import check_recipes, explain

@@ -1,11 +1,8 @@
 """Callbacks: looking at a run from outside. None of them knows a task."""
 
-<<<<<<< HEAD
+from baton.callbacks.dirac_scales import DiracScales as DiracScales
 from baton.callbacks.further_tests import TestOnTrainingImages as TestOnTrainingImages
 from baton.callbacks.further_tests import TestOnWholeImages as TestOnWholeImages
-=======
-from baton.callbacks.dirac_scales import DiracScales as DiracScales
->>>>>>> dirac
 from baton.callbacks.pictures import Pictures as Pictures
 from baton.callbacks.progress import ProgressBar as ProgressBar
 from baton.callbacks.side_evaluation import OnlineKNN as OnlineKNN
