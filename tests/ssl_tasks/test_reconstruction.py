@@ -123,6 +123,18 @@ def test_psnr_and_errors_are_those_of_the_whole_split():
     assert model.pictures((images, labels))["reconstruction"].shape == (3, 2 * 18 + 2, 8 * 18 + 2)
 
 
+def test_the_picture_of_layerwise_shows_what_its_first_stage_makes_of_the_first_map():
+    model = task(variant="layerwise").eval()
+    images, labels = batch()
+    with torch.no_grad():
+        grid = model.pictures((images, labels))["reconstruction"]
+        tap = model.row(model.normalize(images), 1)[0]
+        first = model.decoder.stages[0](tap.map, tap) + model.mean
+    side = images.shape[-1]
+    assert grid.shape[1] == 3 * (side + 2) + 2
+    torch.testing.assert_close(grid[:, 2 * side + 6 : -2, 2 : side + 2], first[0].clamp(0, 1))
+
+
 def test_depth_leaves_the_upper_part_out():
     model = task(depth=1, frozen=True, variant="first").eval()
     assert len(model.decoder.stages) == 1

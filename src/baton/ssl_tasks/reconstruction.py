@@ -130,10 +130,14 @@ class Reconstruction(Task):
         return {"mse": (pixels - batch[0]).square().flatten(1).mean(1), "reconstruction": pixels}
 
     def pictures(self, batch: Batch) -> dict[str, Float[Tensor, "3 h w"]]:
-        """Two rows: the images, and what is made of their last map."""
+        """The images, what is made of their last map and, where stages learn one by one, of their first map."""
         images = batch[0][:8]
-        rows = torch.cat([images, self(images).clamp(0, 1).float()])
-        return {"reconstruction": make_grid(rows, nrow=len(images), padding=2, pad_value=1.0)}
+        rows = [images, self(images)]
+        if self.variant == "layerwise":
+            taps = self.row(self.normalize(images), len(self.decoder.stages))
+            rows.append(self.decoder.layerwise(taps)[0] + self.mean)
+        grid = torch.cat([row.clamp(0, 1).float() for row in rows])
+        return {"reconstruction": make_grid(grid, nrow=len(images), padding=2, pad_value=1.0)}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """A checkpoint holds its decoder: it does not say where that once came from."""
