@@ -13,13 +13,14 @@ MODULES = sorted(SOURCE.rglob("*.py"))
 BASE = {"layers", "losses"}
 BACKBONES = BASE | {"backbones"}
 DATA = {"layers", "losses", "backbones"}
-HANDOVER = BACKBONES | {"data", "handover", "model_folder", "optim", "random_state"}
+HANDOVER = BACKBONES | {"data", "handover", "freezing", "model_folder", "optim", "random_state"}
 TASK = HANDOVER | {"task"}
 ALLOWED = {
     "layers": set(),
     "losses": set(),
     "backbones": BASE,
     "data": DATA,
+    "freezing": set(),
     "optim": BACKBONES | {"data"},
     "random_state": set(),
     "model_folder": BACKBONES | {"data"},

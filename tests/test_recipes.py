@@ -68,23 +68,159 @@ def test_a_mistake_would_show(tmp_path):
         check(["fit", "--config", str(broken), "--model.backbone=wrn_16_1"])
 
 
-SWWAE = ["swwae_table", "swwae_table_small", "swwae_table_few_labels_small"]
-VARIANTS = [f"{autoencoder}_{variant}" for autoencoder in ("sae", "swwae") for variant in ("first", "all", "layerwise")]
+def told(stage):
+    """A stage's recipe with what the chain sets."""
+    recipe = yaml.safe_load(stage.recipe.read_text())
+    model = recipe["model"]["init_args"]
+    sections = {"data": recipe["data"]["init_args"], "trainer": recipe["trainer"], "model": model}
+    sections["run"] = recipe.setdefault("run", {})
+    for option, value in stage.options.items():
+        section, *path, name = option.split(".")
+        place = sections[section]
+        for part in path:
+            place = place.setdefault(part, {})
+        place[name] = value
+    return recipe
 
 
 def training(stage):
     """What a stage trains on, how long, and how."""
-    recipe = yaml.safe_load(stage.recipe.read_text())
+    recipe = told(stage)
     model = recipe["model"]["init_args"]
-    told = {"data": recipe["data"]["init_args"], "trainer": recipe["trainer"], "model": model}
-    for option, value in stage.options.items():
-        section, *path, name = option.split(".")
-        place = told[section]
-        for part in path:
-            place = place[part]
-        place[name] = value
     # when to validate, and what to do then, is no training
-    return [recipe["data"], told["trainer"]["max_epochs"], model["optimizer"], model["lr_scheduler"]]
+    return [recipe["data"], recipe["trainer"]["max_epochs"], model["optimizer"], model["lr_scheduler"]]
+
+
+def model_of(stage):
+    return told(stage)["model"]["init_args"]
+
+
+DISTILLED = [path for path in CHAINS if any("teacher" in stage.links for stage in read_chain(path).stages.values())]
+SCALED = ["attention_transfer_groups", "attention_transfer_imagenet_table_6_5", "fitnets", "gradient_table_6_3",
+          "transfer_learning_table_6_4"]  # fmt: skip
+
+
+def teachers(chain):
+    return {stage.links["teacher"] for stage in chain.stages.values() if "teacher" in stage.links}
+
+
+def students(chain):
+    """The table's rows, without those of teachers."""
+    shown = {name: chain.stages[name] for name in chain.table.stages}
+    return {name: stage for name, stage in shown.items() if name not in teachers(chain)}
+
+
+@pytest.mark.parametrize("path", DISTILLED, ids=name)
+def test_students_of_a_table_train_alike_and_a_teacher_is_trained_once(path):
+    chain = read_chain(path)
+    compared = students(chain)
+    assert len(compared) > 1
+    first = training(next(iter(compared.values())))
+    for label, stage in compared.items():
+        assert training(stage) == first, label
+        assert stage.seeds == chain.seeds, label
+    for label in teachers(chain):
+        assert len(chain.stages[label].seeds) == 1, label
+
+
+@pytest.mark.parametrize("stem", SCALED)
+def test_a_scaled_table_of_distillation_has_the_rows_of_the_full_one(stem):
+    full, small = (read_chain(CONFIGS / "chains" / f"{stem}{end}.yaml") for end in ("", "_small"))
+    assert list(full.table.rows) == list(small.table.rows)
+    assert list(full.table.rows.values()) == list(small.table.rows.values())
+    for label, stage in students(small).items():
+        model, original = model_of(stage), model_of(full.stages[label])
+        for option in model.keys() | original.keys():
+            if option.endswith(("_weight", "_form", "_normalize")) or option in ("temperature", "final", "at_power"):
+                assert model.get(option) == original.get(option), (label, option)
+
+
+def test_pairs_of_table_6_1_are_what_their_labels_say():
+    chain = read_chain(CONFIGS / "chains" / "attention_transfer_table_6_1.yaml")
+    columns = {"AT": "at", "F-ActT": "full_activation", "KD": "kd", "AT+KD": "at_kd"}
+    assert len(chain.table.rows) == 4 * (2 + len(columns))
+    for label, name in chain.table.rows.items():
+        pair, column = label.split(", ")
+        student, teacher = (network.lower().replace("-wide", "").replace("-", "_") for network in pair.split(" from "))
+        stage = chain.stages[name]
+        assert model_of(stage)["backbone"] == (teacher if column == "teacher" else student)
+        assert ("teacher" in stage.links) == (column in columns)
+        if column in columns:
+            assert model_of(chain.stages[stage.links["teacher"]])["backbone"] == teacher
+            assert stage.recipe.stem == f"{columns[column]}_wrn_cifar10"
+
+
+def test_maps_and_groups_of_attention_transfer_are_what_their_labels_say():
+    maps = read_chain(CONFIGS / "chains" / "attention_transfer_table_6_2.yaml")
+    asked = {
+        (row["at_reduce"], row["at_power"]) for row in map(model_of, students(maps).values()) if "at_weight" in row
+    }
+    assert asked == {("sum", 1), ("sum", 2), ("sum", 4), ("max", 1)}
+    groups = read_chain(CONFIGS / "chains" / "attention_transfer_groups.yaml")
+    for number in (1, 2, 3):
+        assert model_of(groups.stages[groups.table.rows[f"group {number} alone"]])["pairs"] == [[f"group{number}"] * 2]
+    assert "pairs" not in model_of(groups.stages[groups.table.rows["all three groups"]])
+
+
+@pytest.mark.parametrize("end", ["", "_small"])
+def test_rows_of_table_6_3_differ_in_their_term_alone(end):
+    chain = read_chain(CONFIGS / "chains" / f"gradient_table_6_3{end}.yaml")
+    terms = {"baseline": {"ce"}, "min-l2": {"gradient_penalty"}, "grad-based AT": {"gradient"}, "KD": {"kd"},
+             "symmetry norm": {"symmetry"}, "activation-based AT": {"at"}}  # fmt: skip
+    assert list(chain.table.rows) == list(terms)
+    for label, name in chain.table.rows.items():
+        model = model_of(chain.stages[name])
+        found = {key.removesuffix("_weight") for key, value in model.items() if key.endswith("_weight") and value}
+        assert found | {"ce"} == terms[label] | {"ce"}
+        assert not model["backbone_kwargs"]["norm"]
+        assert not model["backbone_kwargs"]["relu_before_pool"]
+        assert model["backbone_kwargs"] == model_of(chain.stages["baseline"])["backbone_kwargs"]
+        assert ("teacher" in chain.stages[name].links) == bool(terms[label] & {"gradient", "kd", "at"})
+        if "teacher" in chain.stages[name].links:  # maps of both signs have a teacher of such maps
+            kwargs = model_of(chain.stages[chain.stages[name].links["teacher"]]).get("backbone_kwargs", {})
+            assert kwargs.get("relu_before_pool", True) == (label != "activation-based AT")
+            assert kwargs.get("norm", True)
+    for stage in chain.stages.values():
+        data = told(stage)["data"]["init_args"]
+        assert data["flip"]
+        assert not data.get("crop_padding")
+
+
+@pytest.mark.parametrize("end", ["", "_small"])
+def test_networks_of_table_6_4_are_fine_tuned_with_the_same_parts_frozen(end):
+    chain = read_chain(CONFIGS / "chains" / f"transfer_learning_table_6_4{end}.yaml")
+    rows = [model_of(chain.stages[name]) for name in chain.table.rows.values()]
+    assert all(row["freeze"] == rows[0]["freeze"] and row["freeze_batchnorm"] for row in rows)
+    assert training(chain.stages["teacher"]) == training(chain.stages["student"])
+    ends = [path for path, _ in model_of(chain.stages["at"])["pairs"]]
+    assert len(ends) == 2
+    assert not set(ends) & set(rows[0]["freeze"])
+    started = {chain.stages[name].links.get("init_from", "timm") for name in ("student", "kd", "at")}
+    assert started == {"pretrained_student" if end else "timm"}
+
+
+@pytest.mark.parametrize("end", ["", "_small"])
+def test_attention_of_table_6_5_begins_when_the_learning_rate_drops_a_second_time(end):
+    chain = read_chain(CONFIGS / "chains" / f"attention_transfer_imagenet_table_6_5{end}.yaml")
+    model = model_of(chain.stages["at"])
+    assert model["start_epoch"] == {"at": model["lr_scheduler"]["milestones"][1]}
+    assert model["pairs"] == [["layer3", "layer3"], ["layer4", "layer4"]]
+    assert training(chain.stages["teacher"]) == training(chain.stages["student"])
+
+
+@pytest.mark.parametrize("end", ["", "_small"])
+def test_fitnets_takes_its_hints_first(end):
+    stages = read_chain(CONFIGS / "chains" / f"fitnets{end}.yaml").stages
+    assert stages["fitnets"].links == {"init_from": "hint", "teacher": "teacher"}
+    assert stages["hint"].links == stages["distillation"].links == {"teacher": "teacher"}
+    models = [model_of(stages[name]) for name in ("student", "distillation", "hint")]
+    networks = [(model["backbone"], model.get("backbone_kwargs")) for model in models]
+    assert len({str(network) for network in networks}) == 1
+    assert told(stages["hint"])["trainer"]["max_epochs"] < told(stages["fitnets"])["trainer"]["max_epochs"]
+
+
+SWWAE = ["swwae_table", "swwae_table_small", "swwae_table_few_labels_small"]
+VARIANTS = [f"{autoencoder}_{variant}" for autoencoder in ("sae", "swwae") for variant in ("first", "all", "layerwise")]
 
 
 @pytest.mark.parametrize("chain", SWWAE)

@@ -17,6 +17,7 @@ from torchmetrics import MetricCollection
 from baton import handover
 from baton.backbones import create_backbone
 from baton.data.images import Batch
+from baton.freezing import modules_to_freeze
 from baton.optim import LRScheduler, Optimizer, keep_equal_values
 from baton.random_state import fixed_randomness, gather_random_state, set_random_state
 
@@ -34,6 +35,8 @@ class Task(LightningModule):
             unless `keep_classifier` is set.
         keep_classifier: take the classifier of `init_from` as well.
         tolerate: patterns of tensor names that may differ between `init_from` and the backbone; all others must match.
+        freeze: paths of modules of the backbone that are not trained and stay bit-identical, such as `[conv1, layer1]`.
+        freeze_batchnorm: nor is any BatchNorm of the backbone, with its running statistics.
         optimizer: see `baton.optim.Optimizer`.
         lr_scheduler: see `baton.optim.LRScheduler`.
         channels_last: run the backbone in channels-last memory format.
@@ -51,6 +54,8 @@ class Task(LightningModule):
         init_from: str | None = None,
         keep_classifier: bool = False,
         tolerate: list[str] | None = None,
+        freeze: list[str] | None = None,
+        freeze_batchnorm: bool = False,
         optimizer: Optimizer = Optimizer(),  # noqa: B008 (frozen)
         lr_scheduler: LRScheduler = LRScheduler(),  # noqa: B008 (frozen)
         channels_last: bool = False,
@@ -73,6 +78,7 @@ class Task(LightningModule):
         self.register_buffer("mean", torch.tensor(config["mean"]).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(config["std"]).view(-1, 1, 1), persistent=False)
         self._frozen: list[nn.Module] = []
+        self._to_freeze: dict[str, Any] = {"paths": freeze or [], "batchnorm": freeze_batchnorm}
         self._built = False
         self._batches = 0
         self._checked_gradients = False
@@ -168,6 +174,7 @@ class Task(LightningModule):
         # DDP resets the seed before this, one process does not: the draws in here must not depend on it.
         with fixed_randomness(torch.initial_seed() + 1):
             self.build()
+        self.freeze_modules(*modules_to_freeze(self.backbone, **self._to_freeze))
         for network in self.networks():
             if self.channels_last:
                 network.to(memory_format=torch.channels_last)

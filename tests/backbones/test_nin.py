@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import baton  # noqa: F401
+import baton.layers
 
 LAYOUT = [(5, 192), (1, 160), (1, 96), (5, 192), (1, 192), (1, 192), (3, 192), (1, 192), (1, 192)]  # kernel, channels
 
@@ -54,12 +54,13 @@ def average(x):
     return overhanging(x).nanmean((4, 5))
 
 
+@pytest.mark.parametrize("relu", [True, False])
 @pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.parametrize("size", [(16, 16), (15, 22), (17, 13), (4, 7)])
-def test_it_equals_the_naive_network(size, norm):
+def test_it_equals_the_naive_network(size, norm, relu):
     """In float64 and training, where BatchNorm takes the batch's own statistics."""
     torch.manual_seed(0)
-    model = timm.create_model("nin", norm=norm, width=1 / 16, num_classes=5).double()
+    model = timm.create_model("nin", norm=norm, relu_before_pool=relu, width=1 / 16, num_classes=5).double()
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.1 * torch.rand_like(p))
@@ -80,7 +81,7 @@ def test_it_equals_the_naive_network(size, norm):
             naive = naive * next(left).view(-1, 1, 1) + next(left).view(-1, 1, 1)
         else:
             naive = F.conv2d(naive, next(left), next(left), padding=kernel // 2)
-        naive = naive.clamp(min=0)
+        naive = naive.clamp(min=0) if relu or number % 3 < 2 else naive
         if number % 3 == 2:
             groups.append(naive)
     for found, expected in zip(maps, groups, strict=True):
@@ -92,6 +93,27 @@ def test_it_equals_the_naive_network(size, norm):
     naive.square().sum().backward()
     for parameter, copied in zip(model.parameters(), copies, strict=True):
         torch.testing.assert_close(parameter.grad, copied.grad)
+
+
+@pytest.mark.parametrize(("name", "norm"), [("nin", True), ("nin_thin", False)])
+def test_without_the_relus_before_poolings_nothing_else_changes(name, norm):
+    """Three ReLUs less, no parameter; attention then compares maps of both signs, and folding finds its BatchNorms."""
+    torch.manual_seed(0)
+    twin = timm.create_model(name, norm=norm).eval()
+    model = timm.create_model(name, norm=norm, relu_before_pool=False).eval()
+    model.load_state_dict(twin.state_dict())
+    kinds = [[type(layer) for layer in network.modules()] for network in (model, twin)]
+    assert [kind.count(nn.ReLU) for kind in kinds] == [6, 9]
+    assert [type(getattr(model, f"group{i}")[-1]) for i in (1, 2, 3)] == [nn.BatchNorm2d if norm else nn.Conv2d] * 3
+    x = torch.rand(2, 3, 16, 16)
+    with torch.no_grad():
+        maps = model.forward_intermediates(x, intermediates_only=True)
+        assert all(found.min() < 0 < found.max() for found in maps)
+        torch.testing.assert_close(maps[0].relu(), twin.forward_intermediates(x, intermediates_only=True)[0])
+        assert not torch.allclose(model(x), twin(x))
+        if norm:
+            torch.testing.assert_close(baton.layers.fold(model)(x), model(x))
+    assert model.feature_info == twin.feature_info
 
 
 def test_weights_are_drawn_as_the_code_draws_them():

@@ -58,6 +58,14 @@ def test_description_of_the_stages():
 
 
 @pytest.mark.parametrize("norm", [False, True])
+def test_a_relu_may_be_left_out(norm):
+    model = Example({"only": [Conv(6), Conv(6, relu=False), nn.MaxPool2d(2)]}, norm=norm)
+    norms = [nn.BatchNorm2d] if norm else []
+    expected = [nn.Conv2d, *norms, nn.ReLU, nn.Conv2d, *norms, nn.MaxPool2d]
+    assert [type(m) for m in model.only] == expected
+
+
+@pytest.mark.parametrize("norm", [False, True])
 def test_biases_only_without_norm(norm):
     model = Example({"only": [Conv(6)]}, norm=norm)
     assert (model.only[0].bias is None) == norm

@@ -63,11 +63,13 @@ def test_any_module_can_be_named_in_any_order_and_twice():
 
 def test_looking_at_shapes_leaves_the_network_as_it_was():
     model = network("wide_resnet").train()
+    model.group1.eval()
+    modes = [module.training for module in model.modules()]
     before = copy.deepcopy(model.state_dict())
     taps = Taps(model, group_paths(model))
     hooks = [len(module._forward_hooks) for module in model.modules()]
     assert taps.shapes(torch.randn(1, 3, 16, 16)) == [(1, 16, 16, 16), (1, 32, 8, 8), (1, 64, 4, 4)]
-    assert model.training
+    assert [module.training for module in model.modules()] == modes
     assert [len(module._forward_hooks) for module in model.modules()] == hooks
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 

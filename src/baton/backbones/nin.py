@@ -13,7 +13,10 @@ opens its group, so that the three entries of `feature_info` are what precedes a
 transfer compares (chapter 6 of Zagoruyko's thesis: "last pre-downsampling activation maps").
 
 The thesis distils a NIN-wide of 1 M parameters, which most probably is `nin`, into a NIN-thin of 0.2 M, whose widths it
-does not give. `nin_thin` is our choice: `nin` with all widths halved, 0.26 M.
+does not give. `nin_thin` is our choice: `nin` with all widths halved, 0.26 M. The thesis's students of input gradients
+have no BatchNorm, and "no ReLU activations before pooling layers, which leads to better performance without batch
+normalization, and worse with" (section 6.4.1.3): `relu_before_pool=False`. We count the global pooling at the end among
+them, so that every group then ends with its last convolution (and BatchNorm), and attention compares signed maps.
 
 Initialisation is the code's: convolutions Gaussian with standard deviation sqrt(2 / fan-in), BatchNorm scales uniform
 in (0, 1) and shifts zero, the classifier's weights and biases uniform in ±1 / sqrt(fan-in).
@@ -35,6 +38,7 @@ class NIN(PlainNetwork):
 
     Args:
         norm: BatchNorm after every convolution; without it, convolutions have biases, which start at zero.
+        relu_before_pool: a ReLU also after the last convolution of each group, which a pooling follows.
         width: multiplier of all widths.
         drop_rate: dropout before the classifier.
         num_classes: size of the classifier's output; 0 leaves the classifier out.
@@ -50,6 +54,7 @@ class NIN(PlainNetwork):
     def __init__(
         self,
         norm: bool = True,
+        relu_before_pool: bool = True,
         width: float = 1.0,
         drop_rate: float = 0.0,
         num_classes: int = 10,
@@ -61,10 +66,11 @@ class NIN(PlainNetwork):
         super().__init__()
         check_options(width, drop_rate)
         maximum, average = nn.MaxPool2d(3, 2, ceil_mode=True), nn.AvgPool2d(3, 2, ceil_mode=True)
+        relu = relu_before_pool
         stages: Stages = {
-            "group1": [Conv(192, 5), Conv(160, 1), Conv(96, 1)],
-            "group2": [maximum, Conv(192, 5), Conv(192, 1), Conv(192, 1)],
-            "group3": [average, Conv(192, 3), Conv(192, 1), Conv(192, 1)],
+            "group1": [Conv(192, 5), Conv(160, 1), Conv(96, 1, relu=relu)],
+            "group2": [maximum, Conv(192, 5), Conv(192, 1), Conv(192, 1, relu=relu)],
+            "group3": [average, Conv(192, 3), Conv(192, 1), Conv(192, 1, relu=relu)],
         }
         channels = self._add_stages(stages, in_chans, width, norm, device=device, dtype=dtype)
         self._finish(channels, num_classes, global_pool, drop_rate)

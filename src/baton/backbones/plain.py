@@ -19,19 +19,21 @@ from baton.backbones.staged import StagedNetwork, draw_kaiming, scaled_width
 
 @dataclass(frozen=True)
 class Conv:
-    """One convolution, followed by BatchNorm where the network has it, and by a ReLU.
+    """One convolution, followed by BatchNorm where the network has it, and by a ReLU unless it has none.
 
     Attributes:
         width: channels, before the network's width multiplier.
         kernel: side in pixels.
         stride: step in pixels.
         padding: cells of zeros at each border; None for half the kernel, which keeps the side at stride 1.
+        relu: whether a ReLU follows.
     """
 
     width: int
     kernel: int = 3
     stride: int = 1
     padding: int | None = None
+    relu: bool = True
 
 
 Stages = Mapping[str, Sequence[Conv | nn.Module]]
@@ -76,7 +78,7 @@ class PlainNetwork(StagedNetwork):
                 padding = item.kernel // 2 if padding is None else padding
                 layers.append(nn.Conv2d(channels, out, item.kernel, item.stride, padding, bias=not norm, **placed))
                 layers += [nn.BatchNorm2d(out, self.norm_eps, **placed)] if norm else []
-                layers.append(nn.ReLU())
+                layers += [nn.ReLU()] if item.relu else []
                 channels = out
             self.add_module(name, nn.Sequential(*layers))
             rows += layers

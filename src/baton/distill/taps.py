@@ -50,11 +50,12 @@ class Taps:
             return lambda module, given, output: versions.update({path: getattr(output, "_version", -1)})
 
         handles = [_find(self.network, path, self.role).register_forward_hook(note(path)) for path in self.paths]
-        training = self.network.training
+        modes = {module: module.training for module in self.network.modules()}  # frozen ones keep theirs
         self.network.eval()
         with torch.no_grad():
             _, maps = self(images)
-        self.network.train(training)
+        for module, training in modes.items():
+            module.training = training
         for handle in handles:
             handle.remove()
         for path, output in zip(self.paths, maps, strict=True):

@@ -71,6 +71,8 @@ class Classification(Task):
         head_only = self.training and self.global_step < self.head_only_steps
         if self.head_only_steps:
             self.backbone.train(self.training and not head_only)
+            for module in self._frozen:
+                module.eval()
         if not head_only and not self.head_drop_rate:
             return self.backbone(images)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not head_only):
