@@ -88,7 +88,8 @@ def _innermost(message: str, key: str = "", value: str = "") -> tuple[str, str, 
     value = found[2].strip()
     errors = _items(found[1])
     if all(re.match("Expected an? (?!dot import)", error) for error in errors):
-        return key, " or ".join(errors), value
+        inside = [error for error in errors if ". Got value: " in error]  # the container fits, and something in it not
+        return key, inside[0] if inside else " or ".join(errors), value
     return _innermost(max(errors, key=_specificity), key, value)
 
 
@@ -203,6 +204,8 @@ def _wrong_type(line: CommandLine, key: str, text: str, value: str) -> str | Non
         return f"{line.place(key)} must be one of {shown}, but got {got!r}{_nearest_are(near)}."
     names = dict.fromkeys(re.findall(r"<class '(?:\w+\.)*(\w+)'>", text))
     expected = " or ".join(_TYPES.get(name, f"a {name}") for name in names)
+    if expected and value[:1] in ("[", "{") and got != value:
+        return f"{line.place(key)} must have {expected} in place of {got!r}, but got {_one_line(value)}."
     return f"{line.place(key)} must be {expected}, but got {got!r}." if expected else None
 
 
