@@ -1,13 +1,27 @@
 """Pictures of attention: where a student and its teacher look in the same images (figures 6.4 and 6.6)."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Before:
+    """Where a student looked before it was trained.
+
+    Attributes:
+        images: those that it looked at, and that it will be shown again; uint8, on the host.
+        maps: attention maps (n, h, w) of each pair.
+    """
+
+    images: UInt8[Tensor, "n 3 h w"]
+    maps: list[Tensor]
 
 
 def draw_attention(
