@@ -166,8 +166,9 @@ class Distillation(Task):
     def on_fit_start(self) -> None:
         """Bring in the teacher of a task that was evaluated, or loaded from a checkpoint, before."""
         self._need_teacher()
-        if (self.trainer.max_epochs or -1) > 0:  # as early as possible; how long an epoch is, is not known yet
-            self.weights.check_length(self.trainer.max_epochs)
+        epochs = self.trainer.max_epochs
+        if epochs is not None and epochs > 0:  # before anything is written; how long an epoch is, is not known yet
+            self.weights.check_length(epochs)
         if self.cache_teacher:
             self._cache = TeacherCache(data_of(self))
 
