@@ -26,6 +26,7 @@ def write(folder: Path, num_classes: int = 3, name: str = "wide_resnet", **kwarg
     handover.write_model(
         folder, backbone, backbone_kwargs=kwargs, config={"data": {"init_args": {"size": 24}}},
         metrics={"val/loss": 0.5}, parent={"source": "runs/before", "sha256": "ab" * 32, "parent": None},
+        teacher={"source": "runs/teacher", "sha256": "cd" * 32, "parent": None},
         classes=["cat", "dog", "eel"] if num_classes == 3 else None,
     )  # fmt: skip
     return backbone.eval()
@@ -51,7 +52,7 @@ def test_a_folder_is_a_copy_with_its_history(models, tmp_path: Path, capsys: pyt
     assert (tmp_path / "copy/model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
     before, after = (json.loads((path / "config.json").read_text()) for path in (folder, tmp_path / "copy"))
     assert after["label_names"] == ["cat", "dog", "eel"]
-    for entry in ("sha256", "parent", "metrics", "config", "backbone_kwargs"):
+    for entry in ("sha256", "parent", "teacher", "metrics", "config", "backbone_kwargs"):
         assert after["baton"][entry] == before["baton"][entry]
     loaded = timm.create_model(f"local-dir:{tmp_path / 'copy'}", pretrained=True).eval()
     images = torch.randn(2, 3, 32, 32)

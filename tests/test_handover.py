@@ -511,6 +511,21 @@ def test_chain_of_three_stages(tmp_path):
     assert read_source(tmp_path / "resumed").record["parent"] == parent
 
 
+def test_a_students_teacher_is_recorded_and_stays_in_the_line(tmp_path):
+    write(tmp_path / "teacher", network(), parent={"source": "zero", "sha256": "0" * 64, "parent": None})
+    taught = read_source(tmp_path / "teacher").lineage()
+    write(tmp_path / "student", network(), parent=None, teacher=taught)
+    record = json.loads((tmp_path / "student" / "config.json").read_text())["baton"]
+    assert record["teacher"] == taught
+    assert record["parent"] is None
+    student = read_source(tmp_path / "student")
+    assert student.lineage() == {**student.lineage(), "parent": None, "teacher": taught}
+    write(tmp_path / "tuned", network(), parent=student.lineage())
+    record = read_source(tmp_path / "tuned").record
+    assert record["parent"]["teacher"] == taught
+    assert "teacher" not in record  # nobody taught it
+
+
 def test_lineage_is_recorded_as_it_is_given(tmp_path):
     """A run has a dictionary only: that of a source it read, or that of the checkpoint it resumes."""
     given = {"source": "timm:resnet18.a1_in1k", "sha256": "0" * 64, "parent": None}

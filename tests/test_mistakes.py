@@ -3,12 +3,14 @@
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from baton import cli
 from baton.mistakes import sentence
+from tiny import hand_over
 
 CLASSIFY = ["--model=Classification", "--model.backbone=wide_resnet", "--model.backbone_kwargs={depth: 10, width: 1}"]
 SHAPES = ["--data=Shapes", "--data.size=16", "--data.length=32", "--data.val_length=9", "--data.test_length=11"]
@@ -153,6 +155,52 @@ def test_autoresolution_on_the_command_line(option: str, said: str, capsys: pyte
 )
 def test_linear_probes_on_the_command_line(option: str, said: str, capsys: pytest.CaptureFixture) -> None:
     assert said in complaint(["fit", "--model=LinearProbes", *CLASSIFY[1:], *SHAPES, *BRIEF, option], capsys)
+
+
+DISTILL = ["fit", "--model=Distillation", *CLASSIFY[1:], "--model.at_weight=1", *SHAPES, *BRIEF]
+PAIR = "must be pairs of a path in the student and one in the teacher, such as [[group1, group1]], but got "
+LEARNING = [
+    ("--model.pairs=[[group1, gruop1]]", "The teacher (WideResNet) has no module 'gruop1'; the nearest are group1, "),
+    ("--model.pairs=[[gruop1, group1]]", "The student (WideResNet) has no module 'gruop1'; the nearest are group1, "),
+    ("--model.pairs=[[group1, group1, x]]", f"model.pairs {PAIR}[['group1', 'group1', 'x']]."),
+    ("--model.pairs=[[group1]]", f"model.pairs {PAIR}[['group1']]."),
+    ("--model.pairs=[a, b]", "--model.pairs must have a list in place of 'a', but got ['a', 'b']."),
+    ("--model.pairs=[[a, 3]]", "--model.pairs must have text in place of '3', but got [['a', 3]]."),
+    ("--model.pairs=[[fc, fc]]", "The student's module 'fc' returns a Tensor of shape (1, 10), no map (B, C, H, W)"),
+    ("--model.start_epoch={att: 2}", "model.start_epoch: there is no term 'att'; did you mean at?"),
+    ("--model.start_epoch={at: 0}", "model.start_epoch counts epochs from 1, but got 0 for 'at'."),
+    ("--model.start_epoch={at: two}", "must have a whole number in place of 'two', but got {'at': 'two'}."),
+    ("--model.start_epoch={kd: 2}", "model.start_epoch schedules 'kd', whose weight is 0: give model.kd_weight."),
+    ("--model.start_epoch={at: 9}", "lets 'at' begin in epoch 9, but training ends after 1: begin earlier, or train"),
+    ("--model.final={at_weight: 0}", "model.final: there is no term 'at_weight'; did you mean at?"),
+    ("--model.final={at: -1}", "model.final is a fraction of a weight, 0 or more, but got -1.0 for 'at'."),
+    ("--model.final={at: none}", "--model.final must have a number in place of 'none', but got {'at': 'none'}."),
+    ("--model.final=0.3", "--model.final must be a mapping or null, but got '0.3'."),
+    ("--model.at_weight=-1", "model.at_weight must be 0 (the term is left out) or more, but got -1.0."),
+    ("--model.kd_weight=.inf", "model.kd_weight must be 0 (the term is left out) or more, but got inf."),
+    ("--model.at_weight=0", "model.teacher is given, but no term looks at it: set model.kd_weight, model.at_weight"),
+    ("--model.teacher=headless", "The teacher 'headless' has no classifier: name a run that classifies"),
+    ("--model.teacher=nowhere", "There is no 'nowhere'; expected a model/ folder"),
+    ("--model.teacher=null", "model.teacher is missing: name the run, or the model, that the student learns from."),
+    ("--model.teacher=three", "The teacher 'three' has 3 classes, the student has 10, so that its class scores say"),
+    ("--model.teacher=vit", "The teacher 'vit' cannot look at images of 16 x 16 pixels (Input height (16) doesn't"),
+    ("--model.cache_teacher=true", "but data.crop_padding=4 and data.flip=true would vary them: leave the augment"),
+]
+
+
+@pytest.mark.parametrize(("option", "said"), LEARNING)
+def test_distillation_on_the_command_line(option: str, said: str, capsys: pytest.CaptureFixture) -> None:
+    name = option.partition("--model.teacher=")[2] or "teacher"
+    kinds: dict[str, Any] = {
+        "teacher": {}, "headless": {"classes": 0}, "three": {"classes": 3},
+        "vit": {"backbone": "vit_tiny_patch16_224", "embed_dim": 12, "depth": 1, "num_heads": 1},
+    }  # fmt: skip
+    if name in kinds:
+        own = {"classes": 10, "depth": 10, "width": 1} if "backbone" not in kinds[name] else {"classes": 10}
+        hand_over(Path(name), **{**own, **kinds[name]})
+    scores = ["--model.kd_weight=1"] if name in ("three", "vit") else []
+    assert said in complaint([*DISTILL, f"--model.teacher={name}", *scores, option], capsys)
+    assert not Path("runs/r/config.yaml").exists()  # the name is still free
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")

@@ -94,6 +94,7 @@ def export_folder(source: Source, backbone: nn.Module, folder: Path, *, overwrit
         config=record.get("config", {}),
         metrics={name: value for name, value in (record.get("metrics") or {}).items() if value is not None},
         parent=record.get("parent") if made_by_baton else source.lineage(),
+        teacher=record.get("teacher"),
         classes=source.classes,
         replace=overwrite,
     )

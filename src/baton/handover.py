@@ -58,8 +58,9 @@ class Source:
     classes: list[str] | None = field(default=None, repr=False)
 
     def lineage(self) -> dict[str, Any]:
-        """What the next stage records about this one: `{source, sha256, parent}`, back to the first stage."""
-        return {"source": self.location, "sha256": self.sha256, "parent": self.record.get("parent")}
+        """What the next stage records: `{source, sha256, parent}`, a student's `teacher`, back to the first stage."""
+        taught = {"teacher": self.record["teacher"]} if self.record.get("teacher") else {}
+        return {"source": self.location, "sha256": self.sha256, "parent": self.record.get("parent"), **taught}
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,9 @@ def _innermost(message: str, key: str = "", value: str = "") -> tuple[str, str, 
     value = found[2].strip()
     errors = _items(found[1])
     if all(re.match("Expected an? (?!dot import)", error) for error in errors):
-        return key, " or ".join(errors), value
+        inside = [error for error in errors if ". Got value: " in error]  # the container fits, and something in it not
+        text = inside[0].replace(". Got value: ", ". Got inside: ") if inside else " or ".join(errors)
+        return key, text, value
     return _innermost(max(errors, key=_specificity), key, value)
 
 
@@ -190,7 +192,8 @@ def _unknown_class(line: CommandLine, key: str, text: str, value: str) -> str | 
 def _wrong_type(line: CommandLine, key: str, text: str, value: str) -> str | None:
     if not re.match("Expected an? ", text):
         return None
-    text, _, got = text.partition(". Got value: ")
+    inside = ". Got inside: " in text
+    text, _, got = text.partition(". Got inside: " if inside else ". Got value: ")
     nested = re.search(r"val=(.*)\)$", value) if value.startswith("NestedArg(") else None
     got = got or (nested[1] if nested else value)
     got = got.strip("'\"")
@@ -203,6 +206,8 @@ def _wrong_type(line: CommandLine, key: str, text: str, value: str) -> str | Non
         return f"{line.place(key)} must be one of {shown}, but got {got!r}{_nearest_are(near)}."
     names = dict.fromkeys(re.findall(r"<class '(?:\w+\.)*(\w+)'>", text))
     expected = " or ".join(_TYPES.get(name, f"a {name}") for name in names)
+    if expected and inside:
+        return f"{line.place(key)} must have {expected} in place of {got!r}, but got {_one_line(value)}."
     return f"{line.place(key)} must be {expected}, but got {got!r}." if expected else None
 
 

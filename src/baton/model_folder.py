@@ -1,7 +1,7 @@
 """The `model/` folder one stage leaves behind for the next: its two files, and how they are written and read.
 
 `model.safetensors` and `config.json` have timm's own (Hugging Face) layout; `config.json` has one more entry, `baton`:
-format and code version, the run's config and metrics, SHA-256 of the tensors, and the chain of parents.
+format and code version, the run's config and metrics, SHA-256 of the tensors, the chain of parents, and a teacher.
 A folder is written beside its place, read back, and only then takes it: nobody ever finds half a model.
 """
 
@@ -52,6 +52,7 @@ def write_model(
     config: dict[str, Any],
     metrics: Mapping[str, float],
     parent: dict[str, Any] | None,
+    teacher: dict[str, Any] | None = None,
     classes: list[str] | None = None,
     replace: bool = False,
 ) -> str:
@@ -67,6 +68,7 @@ def write_model(
         config: the run's config, plain values.
         metrics: final metrics.
         parent: where the run's weights started (`Source.lineage()`), if not from scratch.
+        teacher: what the run learned from (`Source.lineage()`), if it had a teacher.
         classes: names of the classes, in the order of the classifier's outputs.
         replace: put the new model in the place of another one.
 
@@ -81,6 +83,7 @@ def write_model(
     backbone = getattr(backbone, "_orig_mod", backbone)
     tensors = _plain_tensors(backbone)
     record = _record(backbone_kwargs, config, metrics, tensors_sha256(tensors), parent)
+    record |= {"teacher": teacher} if teacher else {}
     entries = {"baton": record} | ({"label_names": classes} if classes else {})
     try:
         if previous.exists() and not folder.exists():  # killed between the two renames of an earlier call

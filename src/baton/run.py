@@ -4,7 +4,7 @@ import csv
 import fcntl
 import io
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -165,23 +165,23 @@ class Run:
             settings={"console": "off", "silent": True},
         )
 
-    def publish(self, loggers: list[Logger], sha256: str, parent: Mapping[str, Any] | None) -> None:
-        """Log `model/` as an artifact, with the artifact it started from as its input; only when online.
+    def publish(self, loggers: list[Logger], sha256: str, origins: Sequence[Mapping[str, Any]]) -> None:
+        """Log `model/` as an artifact, with those it started from and learned from as its inputs; only when online.
 
         Args:
             loggers: of the run.
             sha256: of the handed-over tensors; artifacts are named after it.
-            parent: lineage of the weights the run started from.
+            origins: lineages of the weights the run started from, and of its teacher.
         """
         online = [logger for logger in loggers if isinstance(logger, WandbLogger)] if is_logged_in() else []
         for logger in online:
             import wandb
 
-            if parent is not None:
+            for origin in origins:
                 try:
-                    logger.experiment.use_artifact(f"backbone-{parent['sha256'][:16]}:latest")
+                    logger.experiment.use_artifact(f"backbone-{origin['sha256'][:16]}:latest")
                 except (wandb.errors.CommError, ValueError):
-                    print(f"Weights & Biases does not know {parent['source']}: the lineage starts here.")
+                    print(f"Weights & Biases does not know {origin['source']}: the lineage starts here.")
             artifact = wandb.Artifact(f"backbone-{sha256[:16]}", type="model", metadata={"run": self.name})
             artifact.add_dir(str(self.model))
             logger.experiment.log_artifact(artifact)
@@ -318,7 +318,12 @@ def replace_file(path: Path, content: bytes | memoryview) -> None:
         temporary.unlink(missing_ok=True)
 
 
-_MAY_DIFFER = ("data.init_args.root", "data.init_args.num_workers", "model.init_args.compile")
+_MAY_DIFFER = (
+    "data.init_args.root",
+    "data.init_args.num_workers",
+    "model.init_args.compile",
+    "model.init_args.cache_teacher",
+)
 
 
 def _compared(config: Mapping[str, Any]) -> dict[str, Any]:

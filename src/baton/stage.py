@@ -316,10 +316,11 @@ class BatonCLI(LightningCLI):
             config=self._recorded,
             metrics=metrics,
             parent=model.parent,
+            teacher=model.taught_by,
             classes=classes,
             replace=self.run.resume,
         )
-        self.run.publish(self.trainer.loggers, sha256, model.parent)
+        self.run.publish(self.trainer.loggers, sha256, [each for each in (model.parent, model.taught_by) if each])
         print(f"{self.run.model}: handed over ({_listed(metrics)})")
 
 

@@ -66,7 +66,8 @@ class Task(LightningModule):
         self.optimizer = Optimizer(**optimizer) if isinstance(optimizer, dict) else optimizer
         self.lr_scheduler = LRScheduler(**lr_scheduler) if isinstance(lr_scheduler, dict) else lr_scheduler
         self.channels_last, self.compile_backbone = channels_last, compile
-        self.parent: dict[str, Any] | None = None
+        self.parent: dict[str, Any] | None = None  # lineage of the weights it started from
+        self.taught_by: dict[str, Any] | None = None  # lineage of the teacher it learns from
         self.classes: list[str] | None = None
         self.metrics: MetricCollection | None = None
         if keep_classifier and init_from is None:

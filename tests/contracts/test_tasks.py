@@ -103,6 +103,13 @@ def in_memory(run: Path) -> dict[str, torch.Tensor]:
     return {name.removeprefix("backbone."): t for name, t in tensors.items() if name.startswith("backbone.")}
 
 
+def test_a_student_names_its_teacher(run_of):
+    taught = read_source(run_of("Distillation")).record["teacher"]
+    teacher = run_of("Classification")
+    assert taught == {"source": str(teacher), "sha256": read_source(teacher).sha256, "parent": None}
+    assert "teacher" not in read_source(teacher).record
+
+
 @pytest.mark.parametrize("name", TASKS)
 def test_a_run_leaves_what_it_should(name, run_of):
     run = run_of(name)

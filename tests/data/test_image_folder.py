@@ -158,6 +158,12 @@ def test_training_images_are_not_augmented(root):
     assert torch.equal(images_of(data.training_images(3)), plain.__getitems__(chosen)[0])
 
 
+def test_random_crops_vary_training_images(root):
+    assert ImageFolder(str(root)).augmentation() == "data.crop=random_resized and data.flip=true"
+    assert ImageFolder(str(root), crop="center", crop_padding=2, flip=False).augmentation() == "data.crop_padding=2"
+    assert ImageFolder(str(root), crop="squash", flip=False).augmentation() == ""
+
+
 def test_unlabelled_folders(root):
     nested = ready(root, labelled=False, val_size=0.25)
     assert (nested.num_classes, len(nested.train_set), len(nested.val_set)) == (0, 9, 3)

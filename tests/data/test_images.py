@@ -120,6 +120,73 @@ def test_images_in_memory_are_not_whole():
         ready().whole_images(8)
 
 
+@pytest.mark.parametrize("replicas", [1, 2])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_that_tell_their_indices(workers, replicas):
+    """Shuffled, of a part of the images, through workers, shared by processes, and after a resumption."""
+    data = ready(val_size=8, num_workers=workers, drop_last=True)
+    plain, data.tells_indices = next(iter(data.train_dataloader())), True
+    seen = []
+    for rank in range(replicas):
+        data._distribution = lambda rank=rank: {"num_replicas": replicas, "rank": rank}
+        loader = data.train_dataloader()
+        for epoch in range(2):
+            loader._order.set_epoch(epoch)
+            if epoch:
+                loader.load_state_dict({"epoch": 1, "batches": 1})
+            for images, targets, indices in loader:
+                assert torch.equal(images, data.train_set.__getitems__(indices.tolist())[0])
+                assert torch.equal(targets, data.train_set.targets[indices])
+                pair = data.on_before_batch_transfer((images, targets, indices), 0)
+                assert [each is other for each, other in zip(pair, (images, targets), strict=True)] == [True, True]
+                assert data.batch_indices is indices
+                seen.append(indices)
+    assert [len(each) for each in seen] == [8] * (7 if replicas == 1 else 6)
+    assert len(torch.cat(seen[:4]).unique()) == 32 if replicas == 1 else True
+    data.on_before_batch_transfer(plain, 0)
+    assert data.batch_indices is None
+
+
+def test_tasks_see_pairs_and_evaluation_tells_nothing(tmp_path):
+    told = []
+
+    class Watch(Recorder):
+        def training_step(self, batch):
+            told.append((len(batch), self.trainer.datamodule.batch_indices))
+            return super().training_step(batch)
+
+        def validation_step(self, batch):
+            told.append((len(batch), self.trainer.datamodule.batch_indices))
+
+    data, model = Toy(batch_size=16, val_size=8), Watch()
+    data.tells_indices = True
+    trainer(tmp_path, num_sanity_val_steps=0).fit(model, datamodule=data)
+    assert [count for count, _ in told] == [2, 2, 2]
+    assert told[2][1] is None
+    for images, (_, indices) in zip(model.seen["training"], told[:2], strict=True):
+        expected = data.to_float(data.train_set.__getitems__(indices.tolist())[0])
+        assert torch.equal(images, expected)
+
+
+def test_what_varies_training_images_is_named():
+    assert Toy().augmentation() == ""
+    assert Toy(flip=True).augmentation() == "data.flip=true"
+    assert Toy(flip=True, crop_padding=2).augmentation() == "data.crop_padding=2 and data.flip=true"
+
+    class Noisy(Toy):
+        def augment(self, images):
+            return super().augment(images) + 0.1
+
+    assert Noisy().augmentation() == "Noisy.augment"
+
+
+def test_examples_are_spread_evenly():
+    data = ready(val_size=8)
+    assert torch.equal(data.examples(4), data.val_set.__getitems__([0, 2, 4, 6])[0])
+    assert torch.equal(data.examples(99), data.val_set.__getitems__(range(8))[0])
+    assert torch.equal(ready().examples(3)[:, 0, 0, 0], torch.tensor([0, 13, 26], dtype=torch.uint8))
+
+
 class Recorder(LightningModule):
     """Stores what arrives in each step."""
 

@@ -9,9 +9,12 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import EMAWeightAveraging
 
-from baton.distill import Distillation
-from baton.handover import load_backbone, read_source
+from baton.callbacks import Pictures
+from baton.distill import Distillation, distillation
+from baton.handover import load_backbone, read_source, write_model
+from baton.losses import attention_map
 from baton.optim import Optimizer
+from baton.supervised import Classification
 from baton.task import Task
 from tiny import WRN, Arrays, fit, hand_over, same, state, trainer
 
@@ -320,6 +323,28 @@ def test_fitnets_are_two_runs(tmp_path, monkeypatch):
     assert same(trunk, state(second.backbone))
     rows = fit(second, Arrays(16, val=8), 1)
     assert {"val/error", "val/accuracy"} <= set(rows.rows[-1][1])
+    assert not len(second.regressors)
+    assert second.parent["sha256"] == read_source(path).sha256
+    assert second.parent["teacher"]["sha256"] == second.taught_by["sha256"] == read_source(location).sha256
+
+
+def test_a_student_is_handed_over_and_fine_tuned(teacher, tmp_path):
+    """It leaves with its own classifier alone, and says who taught it; regressors and teacher stay behind."""
+    student = task(teacher, kd_weight=1.0, hint_weight=1.0)
+    fit(student, Arrays(16))
+    kwargs = {"backbone_kwargs": WRN["backbone_kwargs"], "config": {}, "metrics": {}}
+    write_model(tmp_path / "student", student.backbone, parent=student.parent, teacher=student.taught_by, **kwargs)
+    source = read_source(tmp_path / "student")
+    assert len(student.regressors) == 3
+    assert same(source.tensors, state(student.backbone))
+    assert source.record["teacher"] == {"source": teacher, "sha256": read_source(teacher).sha256, "parent": None}
+    tuned = Classification(init_from=str(tmp_path / "student"), optimizer=Optimizer("momentum", 0.02))
+    trunk = {name: value for name, value in source.tensors.items() if not name.startswith("fc.")}
+    assert same(trunk, {name: value for name, value in state(tuned.backbone).items() if not name.startswith("fc.")})
+    rows = fit(tuned, Arrays(16, val=8), 1)
+    assert "val/error" in rows.rows[-1][1]
+    assert tuned.parent == {**source.lineage(), "teacher": source.record["teacher"]}
+    assert tuned.taught_by is None
 
 
 def test_a_student_learns_what_its_teacher_says(teacher):
@@ -346,6 +371,110 @@ def test_channels_last_and_bf16_teach_the_same(teacher):
     assert half != plain
 
 
+@pytest.mark.parametrize("cache", [False, True])
+def test_the_teacher_runs_in_half_precision_where_the_student_does(cache, teacher):
+    model, seen = task(teacher, kd_weight=1.0, at_weight=10.0, hint_weight=0.1, cache_teacher=cache), []
+    watch(model, seen)
+    fit(model, Arrays(16), 1, precision="bf16-mixed")
+    assert set(seen) == {(True, torch.bfloat16, False)}
+    model, seen = task(teacher, gradient_weight=0.1), []
+    watch(model, seen)
+    fit(model, Arrays(16), 1, precision="bf16-mixed")
+    assert set(seen) == {(True, torch.bfloat16, True)}  # towards the images
+    assert {value.dtype for value in model.teacher.network.parameters()} == {torch.float32}
+    assert all(value.grad is None for value in model.teacher.network.parameters())
+
+
+def watch(model, seen):
+    """Note how the teacher runs: under autocast, in which precision, with gradients."""
+    model.configure_model()
+    model.teacher.network.register_forward_hook(
+        lambda network, given, output: seen.append(
+            (torch.is_autocast_enabled("cpu"), output.dtype, torch.is_grad_enabled() and output.requires_grad)
+        )
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------- the cache
+
+
+KEPT = {**OPTIONS["kd"], **OPTIONS["at"], **OPTIONS["hint"]}
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_teacher_that_is_cached_teaches_the_same_and_looks_once(precision, teacher):
+    states, counts = [], []
+    for cache in (False, True):
+        model, seen = task(teacher, **KEPT, **OPTIONS["symmetry"], cache_teacher=cache), []
+        model.configure_model()
+        model.teacher.network.register_forward_hook(lambda *args, seen=seen: seen.append(len(args[2])))
+        fit(model, Arrays(22, val=8), 3, precision=precision)
+        states.append(state(model))
+        counts.append(seen)
+    assert counts == [[8, 8, 6] * 3, [8, 8, 6]]
+    assert same(*states)
+    assert model._cache is None  # its memory is free again
+
+
+def test_images_that_come_late_are_asked_about_alone(teacher):
+    """Of a batch that is dropped in the first epoch, and after a resumption."""
+    data, seen = {"train": 22, "batch_size": 8, "drop_last": True}, []
+    plain, cached = task(teacher, **KEPT), task(teacher, **KEPT, cache_teacher=True)
+    cached.configure_model()
+    cached.teacher.network.register_forward_hook(lambda *args: seen.append(len(args[2])))
+    fit(plain, Arrays(**data), 4)
+    fit(cached, Arrays(**data), 4)
+    assert seen[:2] == [8, 8]
+    assert sum(seen) <= 22
+    close(state(plain), state(cached))
+
+
+@pytest.mark.parametrize("steps", [2, 3])  # of three in an epoch
+def test_a_resumed_run_fills_its_cache_again(steps, teacher, tmp_path):
+    half = trainer(3, max_steps=steps)
+    half.fit(task(teacher, **KEPT, cache_teacher=True), datamodule=Arrays(22))
+    half.save_checkpoint(tmp_path / "h.ckpt")
+    models, seen = [task(teacher, **KEPT, cache_teacher=cache) for cache in (True, False)], []
+    models[0].configure_model()
+    models[0].teacher.network.register_forward_hook(lambda *args: seen.append(len(args[2])))
+    for model in models:
+        fit(model, Arrays(22), 3, ckpt_path=tmp_path / "h.ckpt")
+    assert sum(seen) == 22
+    close(*map(state, models))
+
+
+def test_other_data_have_a_cache_of_their_own(teacher):
+    cached, plain = task(teacher, **KEPT, cache_teacher=True), task(teacher, **KEPT)
+    for model in (cached, plain):
+        for count in (16, 24):
+            fit(model, Arrays(count), 2)
+    close(state(cached), state(plain))
+
+
+def test_a_term_that_begins_later_finds_its_answers(teacher):
+    models = [task(teacher, **KEPT, start_epoch={"at": 2, "hint": 3}, cache_teacher=cache) for cache in (False, True)]
+    for model in models:
+        fit(model, Arrays(16), 3)
+    assert same(*map(state, models))
+
+
+def close(one, other):
+    for name, value in one.items():
+        torch.testing.assert_close(other[name], value, rtol=1e-3, atol=1e-5)
+
+
+def test_what_cannot_be_cached_is_refused(teacher):
+    for data, named in [({"flip": True}, "data.flip=true"), ({"crop_padding": 2}, "data.crop_padding=2")]:
+        with pytest.raises(
+            ValueError, match=rf"model\.cache_teacher needs the same images .* but {named} would vary them"
+        ):
+            fit(task(teacher, **KEPT, cache_teacher=True), Arrays(16, **data))
+    with pytest.raises(ValueError, match=r"not the input gradient that model\.gradient_weight compares"):
+        task(teacher, **KEPT, gradient_weight=1.0, cache_teacher=True)
+    with pytest.raises(ValueError, match=r"model\.cache_teacher keeps .* no term listens"):
+        task(cache_teacher=True)
+
+
 @pytest.mark.slow
 def test_compiled_networks_teach_the_same(teacher, monkeypatch):
     compiled, original = [], torch.compile
@@ -365,3 +494,43 @@ def test_pictures_show_every_pair(teacher):
     assert 0 <= picture.min() < picture.max() <= 1
     assert built(teacher, kd_weight=1.0).pictures(batch()) == {}  # no maps are compared
     assert built(symmetry_weight=1.0).pictures(batch()) == {}
+
+
+def test_pictures_show_where_the_student_looked_before_it_was_trained(teacher, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        distillation, "draw_attention", lambda images, rows: drawn.append((images, rows)) or torch.zeros(3, 4, 4)
+    )
+    options = {"at_weight": 1000.0, "pairs": [["group1", "group1"], ["group3", "group2"]]}
+
+    def run(epochs, **kwargs):
+        model, data = task(teacher, **options), Arrays(16, val=20)
+        runner = trainer(epochs, callbacks=[Pictures(folder=str(tmp_path))])
+        runner.fit(model, datamodule=data, weights_only=True, **kwargs)
+        return runner, data
+
+    runner, data = run(1)
+    runner.save_checkpoint(tmp_path / "1.ckpt")
+    run(3, ckpt_path=tmp_path / "1.ckpt")
+    assert len(drawn) == 3
+    images, first = drawn[0]
+    assert list(first) == [
+        *("student before\ngroup1", "student\ngroup1", "teacher\ngroup1"),
+        *("student before\ngroup3", "student\ngroup3", "teacher\ngroup2"),
+    ]
+    assert torch.equal(images, data.to_float(data.examples(8)))
+    untrained = built(teacher, **options)
+    _, features = untrained.student(untrained.normalize(images))
+    for index, path in enumerate(("group1", "group3")):
+        before = attention_map(features[index]).view(8, *features[index].shape[2:])
+        for again, rows in drawn:
+            assert torch.equal(again, images)
+            torch.testing.assert_close(rows[f"student before\n{path}"], before)
+            assert torch.equal(rows[f"teacher\n{path}"], first[f"teacher\n{path}"]) if path == "group1" else True
+        assert not torch.allclose(drawn[2][1][f"student\n{path}"], before, rtol=1e-3)
+
+
+def test_without_a_validation_split_training_images_are_shown(teacher):
+    model, data = task(teacher, at_weight=1.0), Arrays(16)
+    fit(model, data)
+    assert torch.equal(model._before.images, data.train_set.images[::2])

@@ -4,9 +4,12 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+from baton.distill.attention import Attention
 from baton.distill.teacher import Teacher, regressor
 from baton.handover import load_backbone, read_source
+from baton.losses import attention_map
 from tiny import hand_over, same, state
 
 TINY = {"depth": 10, "width": 2}
@@ -66,6 +69,34 @@ def test_what_is_no_teacher_is_refused(tmp_path):
     teacher.check_same(teacher.lineage)
     with pytest.raises(ValueError, match=r"is not the one this run began with \('old', abcdefabcdef…\)"):
         teacher.check_same({"source": "old", "sha256": "abcdefabcdefabc"})
+
+
+def test_images_of_another_size_are_refused(tmp_path):
+    teacher = Teacher(hand_over(tmp_path / "t", "vit_tiny_patch16_224", embed_dim=12, depth=1, num_heads=1))
+    message = (
+        r"cannot look at images of 32 x 16 pixels \(Input height \(32\) doesn't match model \(224\)\): give images"
+    )
+    with pytest.raises(ValueError, match=message):
+        teacher.check_images(torch.rand(1, 3, 32, 16))
+    teacher.check_images(torch.rand(1, 3, 224, 224))
+
+
+@pytest.mark.parametrize("wanted", [["kd"], ["at", "hint"], ["kd", "at", "hint", "gradient"]])
+def test_it_answers_what_it_is_asked(wanted, tmp_path):
+    teacher, expected = Teacher(hand_over(tmp_path / "t", cfg=OWN, **TINY)), load_backbone(str(tmp_path / "t"))
+    teacher.tap(["group1", "group3"])
+    images, targets = torch.rand(2, 3, 9, 7, requires_grad=True), torch.tensor([0, 2])
+    student = [torch.zeros(2, 1, 4, 7), torch.zeros(2, 1, 9, 9)]
+    answers = teacher.answers(images, targets, student, wanted, Attention())
+    assert answers.keys() == set(wanted)
+    assert not any(each.requires_grad for tensors in answers.values() for each in tensors)
+    logits, maps = teacher(images)
+    (gradient,) = torch.autograd.grad(F.cross_entropy(logits, targets, reduction="sum"), images)
+    attention = [attention_map(maps[0], size=(4, 7)).view(2, 4, 7), attention_map(maps[1]).view(2, 3, 2)]
+    for name, tensors in {"kd": [logits], "hint": maps, "at": attention, "gradient": [gradient]}.items():
+        for ours, theirs in zip(answers.get(name, []), tensors, strict=name in wanted):
+            torch.testing.assert_close(ours, theirs)
+    assert torch.equal(logits, expected(teacher.normalize(images)))
 
 
 def test_a_regressor_only_where_channels_differ():

@@ -31,6 +31,8 @@ def test_without_a_schedule_nothing_changes():
     [
         ({"ce": -1.0}, None, None, "ce_weight must be 0 .* but got -1"),
         ({"ce": math.nan}, None, None, "ce_weight must be 0 .* but got nan"),
+        ({"ce": math.inf}, None, None, "ce_weight must be 0 .* but got inf"),
+        ({"ce": 1}, None, {"ce": math.inf}, "0 or more, but got inf for 'ce'"),
         ({"ce": 0, "kd": 0}, None, None, r"All weights are 0: give one of model\.ce_weight, model\.kd_weight"),
         ({"ce": 1}, {"ce": 2}, None, "leaves nothing to learn in the first epoch"),
         ({"ce": 1, "hint": 1}, {"hnt": 2}, None, r"model\.start_epoch: there is no term 'hnt'; did you mean hint\?"),

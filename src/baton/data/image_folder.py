@@ -208,6 +208,11 @@ class ImageFolder(ImageData):
         splits = {name: self._split(name) for name in find_splits(self.root)}
         return splits["train"], splits.get("val"), splits.get("test")
 
+    def augmentation(self) -> str:
+        """Name the settings that vary the training images; see `ImageData`."""
+        crop = "data.crop=random_resized" if self.crop == "random_resized" else ""
+        return " and ".join(filter(None, [crop, super().augmentation()]))
+
     def whole_images(self, shorter_side: int) -> Any:
         """The test split in order, not cropped but resized; see `ImageData`."""
         if self.cache:

@@ -69,6 +69,10 @@ class ImageData(LightningDataModule):
     A source subclasses this, names its `classes`, and implements `sources()`. Images are normalised by the task,
     never here.
 
+    Attributes:
+        tells_indices: a task that must know which training images it sees sets this before training begins.
+        batch_indices: then, on the host, the indices of the present training batch in `train_set`; else None.
+
     Args:
         root: folder that holds (or receives) the data.
         batch_size: samples a step and process.
@@ -115,6 +119,8 @@ class ImageData(LightningDataModule):
         self.train_set: Any = None
         self.val_set: Any = None
         self.test_set: Any = None
+        self.tells_indices = False
+        self.batch_indices: Int[Tensor, " b"] | None = None
 
     @property
     def num_classes(self) -> int:
@@ -148,7 +154,7 @@ class ImageData(LightningDataModule):
     def train_dataloader(self) -> ResumableLoader:
         """Shuffled anew each epoch from (seed, epoch), sharded over processes, resumable in the middle of an epoch."""
         return ResumableLoader(
-            self.train_set,
+            _Numbered(self.train_set) if self.tells_indices else self.train_set,
             batch_size=self.batch_size,
             num_workers=self.num_workers,
             drop_last=self.drop_last,
@@ -213,6 +219,26 @@ class ImageData(LightningDataModule):
             "leave out what measures whole images."
         )
 
+    def examples(self, count: int) -> UInt8[Tensor, "n 3 h w"]:
+        """At most so many validation images (without a split: training images, not augmented), spread evenly.
+
+        Args:
+            count: how many.
+        """
+        dataset = self.val_set or _as_evaluated(self.train_set)
+        count = min(count, len(dataset))
+        return dataset.__getitems__([index * len(dataset) // count for index in range(count)])[0]
+
+    def augmentation(self) -> str:
+        """Name the settings that vary the training images from epoch to epoch; empty where they stay the same.
+
+        A module whose `ImageSet` augments on the host adds its own.
+        """
+        if type(self).augment is not ImageData.augment:
+            return f"{type(self).__name__}.augment"
+        settings = {"data.crop_padding": self.crop_padding, "data.flip": str(self.flip).lower() if self.flip else ""}
+        return " and ".join(f"{name}={value}" for name, value in settings.items() if value)
+
     def to_float(self, images: UInt8[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         """Turn uint8 images into floats in [0, 1] without augmentation."""
         return images.float().div_(255)
@@ -222,6 +248,12 @@ class ImageData(LightningDataModule):
         if self.crop_padding or self.flip:
             images = random_crop_flip(images, self.crop_padding, flip=self.flip, mode=self.padding_mode)
         return self.to_float(images)
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Keep the indices of a batch that tells them: they stay on the host, and tasks see pairs only."""
+        images, targets, *indices = batch
+        self.batch_indices = indices[0] if indices else None
+        return images, targets
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Turn uint8 into floats on the device; augment while training."""
@@ -242,6 +274,24 @@ class ImageData(LightningDataModule):
         if self.trainer is None:
             return {"num_replicas": 1, "rank": 0}
         return {"num_replicas": self.trainer.world_size, "rank": self.trainer.global_rank}
+
+
+class _Numbered(Dataset):
+    """Tells with every batch the indices of its samples, so that they come with it through workers and processes."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        return *self.dataset.__getitems__(indices), torch.as_tensor(indices)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Pass on the epoch, from which the host draws its augmentation."""
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(epoch)
 
 
 class _Part(Subset):

@@ -10,18 +10,22 @@ from torchmetrics import MetricCollection
 
 from baton import losses as terms
 from baton.data.images import Batch
-from baton.distill.attention_pictures import draw_attention
+from baton.distill.attention import Attention
+from baton.distill.attention_pictures import Before, draw_attention
 from baton.distill.taps import Taps, pair_paths
-from baton.distill.teacher import Teacher, regressor
+from baton.distill.teacher import Answers, Teacher, regressor
+from baton.distill.teacher_cache import TeacherCache
 from baton.distill.weights import Weights
 from baton.labels import data_of, find_classes, top_accuracies, with_errors
-from baton.losses.hints import common_size
 from baton.random_state import fixed_randomness
 from baton.task import Task
 
 #: Terms that look at the teacher, at maps of both networks, at class scores of the teacher, and at input gradients.
 _TEACHER, _MAPS = {"kd", "at", "hint", "gradient"}, {"at", "hint"}
 _SCORES, _GRADIENTS = {"kd", "gradient"}, {"gradient", "symmetry", "gradient_penalty"}
+
+#: Images of which attention is drawn.
+_SHOWN = 8
 
 
 class Distillation(Task):
@@ -72,6 +76,11 @@ class Distillation(Task):
             `[[group1, group1], [group2.0, group2.0]]`; None: the groups of both networks, first with first.
         start_epoch: epochs, counted from 1, in which terms begin: `{at: 60}` is after 59 full epochs.
         final: fraction of its weight that a term reaches at the end of training, linearly from its start: `{at: 0}`.
+        cache_teacher: let the teacher look at every training image once, and keep in memory what it said: for data
+            without augmentation. Of an image, each process keeps the class scores for `kd` (4 bytes each), the
+            attention maps for `at` (4 bytes a cell: 5,376 for the groups of a Wide ResNet at 32 pixels) and whole maps
+            for `hint` (4 bytes an element: 65,536 for 64 channels of 16 x 16); scores and whole maps take half of it
+            in half precision. Input gradients are not kept.
         kwargs: see `Task`.
     """
 
@@ -95,6 +104,7 @@ class Distillation(Task):
         pairs: list[list[str]] | None = None,
         start_epoch: dict[str, int] | None = None,
         final: dict[str, float] | None = None,
+        cache_teacher: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -103,25 +113,35 @@ class Distillation(Task):
         self.weights = Weights(weights, start_epoch, final)
         self.num_classes, self.pairs, self.hint_normalize = num_classes, pairs, hint_normalize
         self.temperature, self.kd_form = temperature, kd_form
-        self.at_map: dict[str, Any] = {"power": at_power, "reduce": at_reduce}
-        self.at_form = at_form
+        self.attention, self.cache_teacher = Attention(at_power, at_reduce, at_form), cache_teacher
         self._check_options(teacher)
         self._source = teacher
         self.teacher: Teacher | None = None
-        self._recorded: dict[str, Any] | None = None  # what a checkpoint says about the teacher
+        self._cache: TeacherCache | None = None
+        self._before: Before | None = None
         self.student = Taps(self.backbone)
         self.regressors = nn.ModuleList()
 
     def _check_options(self, teacher: str | None) -> None:
-        if not self.temperature > 0 or self.at_map["power"] < 1:
+        if not self.temperature > 0 or self.attention.power < 1:
             raise ValueError(
                 f"model.temperature must be above 0 and model.at_power at least 1, but got {self.temperature} and "
-                f"{self.at_map['power']}."
+                f"{self.attention.power}."
             )
         if teacher is not None and not self._uses(_TEACHER):
             raise ValueError(
                 "model.teacher is given, but no term looks at it: set model.kd_weight, model.at_weight, "
                 "model.hint_weight or model.gradient_weight, or leave the teacher out."
+            )
+        if self.cache_teacher and not self._uses(_TEACHER):
+            raise ValueError(
+                "model.cache_teacher keeps what a teacher says, but no term listens to it: set model.kd_weight, "
+                "model.at_weight or model.hint_weight, or leave cache_teacher out."
+            )
+        if self.cache_teacher and self._uses({"gradient"}):
+            raise ValueError(
+                "model.cache_teacher keeps class scores and maps, not the input gradient that model.gradient_weight "
+                "compares: leave one of them out."
             )
         if self.compile_backbone and self._uses(_GRADIENTS):
             raise ValueError(
@@ -146,11 +166,25 @@ class Distillation(Task):
     def on_fit_start(self) -> None:
         """Bring in the teacher of a task that was evaluated, or loaded from a checkpoint, before."""
         self._need_teacher()
+        epochs = self.trainer.max_epochs
+        if epochs is not None and epochs > 0:  # before anything is written; how long an epoch is, is not known yet
+            self.weights.check_length(epochs)
+        if self.cache_teacher:
+            self._cache = TeacherCache(data_of(self))
+
+    def on_fit_end(self) -> None:
+        """Forget what the teacher said about these images."""
+        self._cache = None
 
     def on_train_start(self) -> None:
-        """Make sure that training is long enough for what is scheduled."""
+        """Make sure that training is long enough for what is scheduled; see where the student looks before it."""
         super().on_train_start()
         self.weights.check_length(self._training_length()[1])
+        data = data_of(self)
+        if self.global_step == 0 and self.teacher is not None and self.student.paths and data is not None:
+            images = data.examples(_SHOWN)
+            maps = self._attention_of_student(data.to_float(images.to(self.device)))
+            self._before = Before(images, [each.cpu() for each in maps])
 
     def networks(self) -> list[nn.Module]:
         """The teacher runs as the student does."""
@@ -160,15 +194,20 @@ class Distillation(Task):
         """A checkpoint needs no teacher, and records which one it had."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["hyper_parameters"]["teacher"] = None
-        checkpoint["baton"]["teacher"] = self.teacher.lineage if self.teacher is not None else self._recorded
+        checkpoint["baton"]["teacher"] = self.taught_by
+        checkpoint["baton"]["attention_before"] = self._before and vars(self._before)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the teacher is still the same; without one, make the regressors that the checkpoint holds."""
         super().on_load_checkpoint(checkpoint)
-        self._recorded = checkpoint.get("baton", {}).get("teacher")
+        record = checkpoint.get("baton", {})
+        before = record.get("attention_before")
+        self._before = Before(**before) if before else None
         if self.teacher is not None:
-            self.teacher.check_same(self._recorded)
-        elif not len(self.regressors):
+            self.teacher.check_same(record.get("teacher"))
+            return
+        self.taught_by = record.get("teacher")
+        if not len(self.regressors):
             shapes = {int(name.split(".")[1]): value.shape for name, value in checkpoint["state_dict"].items()
                       if name.startswith("regressors.") and name.endswith(".weight")}  # fmt: skip
             for index in range(max(shapes, default=-1) + 1):
@@ -188,16 +227,16 @@ class Distillation(Task):
         found: dict[str, Tensor] = {}
         if "ce" in weights:
             found["ce"] = F.cross_entropy(logits, targets)
-        theirs, their_maps, their_gradient = self._ask_teacher(images, targets, weights)
+        theirs = self._ask_teacher(images, targets, maps, set(weights))
         if "kd" in weights:
-            found["kd"] = terms.knowledge_distillation(logits, theirs, self.temperature, self.kd_form)
+            found["kd"] = terms.knowledge_distillation(logits, theirs["kd"][0], self.temperature, self.kd_form)
         if "at" in weights:
-            found["at"] = self._attention_transfer(maps, their_maps)
+            found["at"] = self.attention.transfer(maps, theirs["at"])
         if "hint" in weights:
             features = [regress(own) for regress, own in zip(self.regressors, maps, strict=True)]
-            found["hint"] = terms.hint_loss(features, their_maps, self.hint_normalize)
+            found["hint"] = terms.hint_loss(features, theirs["hint"], self.hint_normalize)
         if weights.keys() & _GRADIENTS:
-            found |= self._gradient_terms(images, targets, logits, their_gradient, weights)
+            found |= self._gradient_terms(images, targets, logits, theirs.get("gradient", []), weights)
         total = torch.stack([weight * found[name] for name, weight in weights.items()]).sum()
         error = (logits.detach().argmax(1) != targets).float().mean()
         return {"loss": total, **{f"loss_{name}": value for name, value in found.items()}, "error": error}
@@ -222,28 +261,32 @@ class Distillation(Task):
         return {"prediction": prediction, "probability": probability, "target": targets}
 
     def pictures(self, batch: Batch) -> dict[str, Float[Tensor, "3 h w"]]:
-        """Images, and where student and teacher look in them, pair by pair (figures 6.4 and 6.6 of the thesis)."""
+        """Images, and where the student looked in them before training, looks now, and where the teacher looks.
+
+        A run shows the same images from beginning to end: those of the data's `examples` (figures 6.4 and 6.6 of the
+        thesis).
+        """
         if self.teacher is None or not self.student.paths:
             return {}
-        images = batch[0][:8]
+        images = batch[0][:_SHOWN]
+        if self._before is not None:
+            images = self._before.images.to(self.device).float() / 255  # as every data module's `to_float`
         self.teacher.follow(self.mean)
-        _, ours = self.student(self.normalize(images))
-        _, theirs = self.teacher(images)
-        rows: dict[str, Tensor] = {}
-        for paths, pair in zip(self._pairs(), zip(ours, theirs, strict=True), strict=True):
-            for who, path, features in zip(("student", "teacher"), paths, pair, strict=True):
-                maps = terms.attention_map(features, **self.at_map).unflatten(1, features.shape[2:])
-                rows[f"{len(rows) // 2 + 1}. {who} {path}"] = maps
+        sides = {"student": (self.student.paths, self._attention_of_student(images))}
+        if self._before is not None:
+            sides = {"student before": (self.student.paths, self._before.maps), **sides}
+        sides["teacher"] = self.teacher.taps.paths, self.attention.maps(self.teacher(images)[1])
+        rows = {
+            f"{who}\n{paths[index]}": maps[index]
+            for index in range(len(self.student.paths))
+            for who, (paths, maps) in sides.items()
+        }
         return {"attention": draw_attention(images, rows)}
 
     # Inside
 
     def _uses(self, names: set[str]) -> bool:
         return any(name in self.weights for name in names)
-
-    def _pairs(self) -> list[tuple[str, str]]:
-        assert self.teacher is not None
-        return list(zip(self.student.paths, self.teacher.taps.paths, strict=True))
 
     def _present_weights(self) -> dict[str, float]:
         if self._trainer is None or not self.trainer.training:
@@ -253,7 +296,7 @@ class Distillation(Task):
 
     def _need_teacher(self) -> None:
         if self.teacher is None and self._uses(_TEACHER):
-            source = self._source or (self._recorded or {}).get("source")
+            source = self._source or (self.taught_by or {}).get("source")
             if source is None:
                 raise ValueError("model.teacher is missing: name the run, or the model, that the student learns from.")
             self._bring_in(source)
@@ -263,22 +306,23 @@ class Distillation(Task):
         assert self.num_classes is not None
         with fixed_randomness(torch.initial_seed() + 1):
             teacher = Teacher(source, self.channels_last)
-            teacher.check_same(self._recorded)
+            teacher.check_same(self.taught_by)
             if self._uses(_SCORES):
                 teacher.check_classes(self.num_classes, self.classes)
+            teacher.follow(self.mean)
+            example = self._example()
+            teacher.check_images(example)
             if self._uses(_MAPS):
                 ours, theirs = pair_paths(self.backbone, teacher.network, self.pairs)
                 self.student = Taps(self.backbone, ours)
                 teacher.tap(theirs)
-                teacher.follow(self.mean)
-                example = self._example()
                 shapes = self.student.shapes(self.normalize(example))
                 their_shapes = teacher.taps.shapes(teacher.normalize(example))
                 if "hint" in self.weights and not len(self.regressors):
                     channels = zip(shapes, their_shapes, strict=True)
                     self.regressors.extend(regressor(own[1], other[1]) for own, other in channels)
                     self.regressors.to(self.mean)
-        self.teacher = teacher
+        self.teacher, self.taught_by = teacher, teacher.lineage
 
     def _example(self) -> Float[Tensor, "1 3 h w"]:
         """An image of the size that the networks will see."""
@@ -288,43 +332,43 @@ class Distillation(Task):
         return data.to_float(data.train_set.__getitems__([0])[0]).to(self.mean)
 
     def _ask_teacher(
-        self, images: Float[Tensor, "b c h w"], targets: Int[Tensor, " b"], weights: dict[str, float]
-    ) -> tuple[Any, list[Any], Any]:
-        """Class scores, maps and input gradient of the teacher; none of them where no term needs it now."""
-        if not weights.keys() & _TEACHER:
-            return None, [], None
+        self, images: Float[Tensor, "b c h w"], targets: Int[Tensor, " b"], maps: list[Tensor], names: set[str]
+    ) -> Answers:
+        """What the teacher says to the terms that are there now; `maps` are the student's."""
+        if not names & _TEACHER:
+            return {}
         if self.teacher is None:
             raise ValueError("There is no teacher to learn from: name one (model.teacher), and fit.")
-        self.teacher.follow(self.mean)
-        sensitive = "gradient" in weights
-        with torch.set_grad_enabled(sensitive):
-            logits, maps = self.teacher(images)
-            if not sensitive:
-                return logits, maps, None
-            losses = F.cross_entropy(logits, targets, reduction="none")
-            gradient = terms.input_gradient(losses, images, differentiable=False)
-        return logits.detach(), [each.detach() for each in maps], gradient
-
-    def _attention_transfer(self, maps: list[Tensor], their_maps: list[Tensor]) -> Tensor:
-        sizes = [common_size(own, other) for own, other in zip(maps, their_maps, strict=True)]
-        ours, theirs = (
-            [terms.attention_map(each, size=size, **self.at_map) for each, size in zip(features, sizes, strict=True)]
-            for features in (maps, their_maps)
+        teacher, attention = self.teacher, self.attention
+        teacher.follow(self.mean)
+        if self._cache is None:
+            return teacher.answers(images, targets, maps, names, attention)
+        listening = {name for name in _TEACHER if name in self.weights}  # also those that begin later
+        return self._cache.recall(
+            lambda which: teacher.answers(images[which], targets[which], maps, listening, attention), self.device
         )
-        return terms.attention_transfer(ours, theirs, self.at_form)
+
+    def _attention_of_student(self, images: Float[Tensor, "b 3 h w"]) -> list[Tensor]:
+        """Its attention maps in evaluation mode."""
+        training = self.training
+        self.eval()
+        with torch.no_grad():
+            _, maps = self.student(self.normalize(images))
+        self.train(training)
+        return self.attention.maps(maps)
 
     def _gradient_terms(
         self,
         images: Float[Tensor, "b c h w"],
         targets: Int[Tensor, " b"],
         logits: Float[Tensor, "b classes"],
-        their_gradient: Float[Tensor, "b c h w"] | None,
+        their_gradient: list[Tensor],
         weights: dict[str, float],
     ) -> dict[str, Tensor]:
         found = {}
         gradient = terms.input_gradient(F.cross_entropy(logits, targets, reduction="none"), images)
-        if their_gradient is not None:
-            found["gradient"] = terms.gradient_attention_transfer(gradient, their_gradient)
+        if "gradient" in weights:
+            found["gradient"] = terms.gradient_attention_transfer(gradient, *their_gradient)
         if "symmetry" in weights:
             flipped = images.detach().flip(-1).requires_grad_()
             scores, _ = self.student(self.normalize(flipped))

@@ -1,14 +1,21 @@
 """A teacher: a trained network that is looked at and never touched."""
 
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
+import torch.nn.functional as F
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from baton import handover
+from baton.distill.attention import Attention
 from baton.distill.taps import Taps
+from baton.losses import input_gradient
 from baton.task import is_first_process
+
+#: For every term, tensors whose first dimension is the batch.
+Answers = dict[str, list[Tensor]]
 
 
 class Teacher:
@@ -55,6 +62,38 @@ class Teacher:
     def __call__(self, images: Float[Tensor, "b c h w"]) -> tuple[Tensor, list[Any]]:
         """Return class scores of images in [0, 1], and the maps; gradients flow to the images where they are wanted."""
         return self.taps(self.normalize(images))
+
+    def answers(
+        self,
+        images: Float[Tensor, "b c h w"],
+        targets: Int[Tensor, " b"],
+        maps: Sequence[Tensor],
+        names: Collection[str],
+        attention: Attention,
+    ) -> Answers:
+        """Return what terms want to hear: class scores (kd), attention maps (at), maps (hint), the input gradient.
+
+        Args:
+            images: in [0, 1]; with `gradient`, they require one.
+            targets: their classes.
+            maps: of the student; attention maps are averaged down to those that are smaller.
+            names: of the terms.
+            attention: how it is measured.
+        """
+        answers: Answers = {}
+        with torch.set_grad_enabled("gradient" in names):
+            scores, features = self(images)
+            if "gradient" in names:
+                losses = F.cross_entropy(scores, targets, reduction="none")
+                answers["gradient"] = [input_gradient(losses, images, differentiable=False)]
+        with torch.no_grad():
+            if "kd" in names:
+                answers["kd"] = [scores.detach()]
+            if "at" in names:
+                answers["at"] = attention.maps(features, maps)
+            if "hint" in names:
+                answers["hint"] = [each.detach() for each in features]
+        return answers
 
     def normalize(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         """Bring images from [0, 1] to the teacher's own mean and standard deviation, not the student's."""
@@ -103,6 +142,25 @@ class Teacher:
                 f"The teacher {self.location!r} knows the classes {', '.join(self.classes)}, the data have "
                 f"{', '.join(names)}: name a teacher of the same classes, in the same order."
             )
+
+    def check_images(self, example: Float[Tensor, "1 3 h w"]) -> None:
+        """Make sure that it can look at the images: some networks take one size alone.
+
+        Args:
+            example: an image of the student's, in [0, 1].
+
+        Raises:
+            ValueError: it cannot.
+        """
+        try:
+            with torch.no_grad():
+                self(example)
+        except (AssertionError, RuntimeError, ValueError) as error:
+            height, width = example.shape[2:]
+            raise ValueError(
+                f"The teacher {self.location!r} cannot look at images of {height} x {width} pixels "
+                f"({handover.one_line(error)}): give images of its size, or name another teacher."
+            ) from error
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Teacher":
         return self

@@ -24,7 +24,7 @@ class Weights:
         start_epoch: Mapping[str, int] | None = None,
         final: Mapping[str, float] | None = None,
     ) -> None:
-        if negative := [name for name, weight in weights.items() if not weight >= 0]:
+        if negative := [name for name, weight in weights.items() if not 0 <= weight < math.inf]:
             raise ValueError(
                 f"model.{negative[0]}_weight must be 0 (the term is left out) or more, but got {weights[negative[0]]}."
             )
@@ -76,5 +76,5 @@ class Weights:
             raise ValueError(f"model.{option} schedules {name!r}, whose weight is 0: give model.{name}_weight.")
         if option == "start_epoch" and value < 1:
             raise ValueError(f"model.start_epoch counts epochs from 1, but got {value} for {name!r}.")
-        if option == "final" and not value >= 0:
+        if option == "final" and not 0 <= value < math.inf:
             raise ValueError(f"model.final is a fraction of a weight, 0 or more, but got {value} for {name!r}.")
