@@ -4,9 +4,13 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
+from baton.backbones import create_backbone
 from baton.chain_file import read_chain
+from baton.layers import DiracConv2d
+from baton.optim import Optimizer
 from baton.stage import check
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -236,3 +240,138 @@ def test_augmented_networks_take_all_steps_and_the_baseline_trains_exactly_as_lo
         assert stages[name].options["model.autoencoder"] == autoencoder
         assert stages[name].options["model.variant"] == variant
         assert training(stages[name]) == training(stages["baseline"])
+
+
+#: tables of chapter 5 of Zagoruyko's thesis, each with a scaled sibling
+WIDTH = [f"wrn_table_5_{number}" for number in range(2, 9)]
+PLAIN = ["dirac_table_5_10", "dirac_imagenet_table_5_11", "dirac_initialization"]
+CHAPTER_5 = [f"{chain}{kind}" for chain in (*WIDTH, *PLAIN) for kind in ("", "_small")]
+
+
+def chain_of(name):
+    return read_chain(CONFIGS / "chains" / f"{name}.yaml")
+
+
+def backbone_of(stage, **kwargs):
+    """The network of a stage, without memory for its weights."""
+    own = yaml.safe_load(stage.recipe.read_text())["model"]["init_args"]
+    name = stage.options.get("model.backbone", own["backbone"])
+    with torch.device("meta"):
+        return create_backbone(name, **stage.options.get("model.backbone_kwargs", {}) | kwargs)
+
+
+def parameters(stage):
+    return sum(parameter.numel() for parameter in backbone_of(stage).parameters())
+
+
+@pytest.mark.parametrize("chain", [*CHAPTER_5, "dirac_depth", "dirac_depth_small"])
+def test_rows_of_a_table_train_equally_long_and_their_networks_are_different(chain):
+    stages = chain_of(chain).stages.values()
+    by_data, networks = {}, []
+    for stage in stages:
+        data, epochs, optimizer, schedule = training(stage)
+        given = data["init_args"].pop("class_path", data["class_path"])
+        own = [data["init_args"].pop(option, None) for option in ("crop_padding", "flip")]
+        told = [data["init_args"], epochs, {**optimizer, "decay_all": None}, schedule]
+        assert by_data.setdefault(given, told) == told
+        backbone = [stage.options.get(f"model.{option}") for option in ("backbone", "backbone_kwargs")]
+        networks.append([given, own, backbone])
+        assert max(schedule["milestones"]) < epochs
+        if "imagenet" not in stage.recipe.name:  # the optimiser of one kind of network is the same in all of its rows
+            assert optimizer.get("decay_all", False) == (stage.recipe.name != "diracnet_cifar10.yaml")
+    assert all(networks.count(network) == 1 for network in networks)
+
+
+@pytest.mark.parametrize("chain", ["wrn_table_5_2", "wrn_table_5_3", "wrn_table_5_7", *PLAIN[1:]])
+def test_a_scaled_sibling_has_all_rows(chain):
+    full, small = chain_of(chain), chain_of(f"{chain}_small")
+    assert list(small.stages) == list(full.stages)
+    assert list(small.table.rows.values()) == list(full.table.rows.values())
+    assert small.table.metrics == full.table.metrics
+    for name, stage in small.stages.items():
+        assert stage.recipe == full.stages[name].recipe
+
+
+@pytest.mark.parametrize("chain", ["wrn_table_5_2", "wrn_table_5_3", "dirac_initialization"])
+def test_a_scaled_sibling_differs_in_depth_and_width_alone(chain):
+    full, small = chain_of(chain).stages, chain_of(f"{chain}_small").stages
+    for name, stage in small.items():
+        ours, theirs = (dict(each.options["model.backbone_kwargs"]) for each in (stage, full[name]))
+        for size in ("depth", "width"):
+            assert ours.pop(size) <= theirs.pop(size)
+        assert ours == theirs
+
+
+def test_scaled_widths_for_imagenet_are_quarters():
+    for chain in ("wrn_table_5_7", "dirac_imagenet_table_5_11"):
+        full, small = chain_of(chain).stages, chain_of(f"{chain}_small").stages
+        for name, stage in small.items():
+            theirs, ours = (backbone_of(each).feature_info[1:] for each in (full[name], stage))
+            assert [info["num_chs"] for info in theirs] == [4 * info["num_chs"] for info in ours]
+
+
+# in millions, as the thesis rounds them
+PARAMETERS = {
+    "wrn_table_5_2": [1.4, 1.2, 1.3, 1.3, 1.5, 1.1],
+    "wrn_table_5_3": [2.2, 2.2, 2.2, 2.2],
+    "wrn_table_5_4": [0.6, 2.2, 8.9, 35.7, 36.5, 52.5, 17.2, 26.8, 11.0, 17.1],
+    "wrn_table_5_5": [1.7, 8.9, 11.0, 36.5],
+    "wrn_table_5_7": [11.7, 25.9, 45.6, 101.8, 21.8, 48.6, 86.0],
+    "wrn_table_5_8": [25.6, 44.5, 60.2, 68.9, 64.7],
+    "dirac_table_5_10": [20.0, 9.1, 36.5, 36.5],
+}
+
+
+@pytest.mark.parametrize("chain", PARAMETERS)
+def test_networks_have_the_parameters_of_the_thesis(chain):
+    first = list(chain_of(chain).stages.values())[: len(PARAMETERS[chain])]  # CIFAR-10 comes before CIFAR-100
+    assert [round(parameters(stage) / 1e6, 1) for stage in first] == PARAMETERS[chain]
+
+
+def test_blocks_of_a_deepening_table_have_equal_parameters():
+    for chain in ("wrn_table_5_3", "wrn_table_5_3_small"):
+        assert len({parameters(stage) for stage in chain_of(chain).stages.values()}) == 1
+
+
+@pytest.mark.parametrize("chain", ["wrn_table_5_6", "wrn_table_5_6_small"])
+def test_dropout_is_all_that_a_pair_differs_in(chain):
+    stages = chain_of(chain).stages
+    with_it = [name for name in stages if "_dropout" in name]
+    assert len(stages) == 2 * len(with_it)
+    for name in with_it:
+        ours, theirs = dict(stages[name].options), stages[name.replace("_dropout", "")].options
+        kwargs = dict(ours["model.backbone_kwargs"])
+        assert kwargs.pop("drop_rate") == (0.4 if "svhn" in name else 0.3)
+        assert {**ours, "model.backbone_kwargs": kwargs} == theirs
+
+
+@pytest.mark.parametrize("chain", ["dirac_depth", "dirac_depth_small"])
+def test_plain_networks_are_dirac_networks_without_the_parameterisation(chain):
+    stages = chain_of(chain).stages
+    for name in [name for name in stages if name.startswith("plain")]:
+        kwargs = stages[name].options["model.backbone_kwargs"]
+        twin = stages[name.replace("plain", "dirac")]
+        assert {**kwargs, "dirac": True} == twin.options["model.backbone_kwargs"]
+        assert kwargs["dirac"] is False
+        assert training(stages[name]) == training(twin)
+
+
+@pytest.mark.parametrize("recipe", ["diracnet_cifar10", "diracnet_imagenet"])
+def test_weight_decay_spares_the_scales_of_dirac_layers(recipe):
+    told = yaml.safe_load((CONFIGS / "supervised" / f"{recipe}.yaml").read_text())["model"]["init_args"]
+    backbone = create_backbone(told["backbone"])
+    optimizer = Optimizer(**told["optimizer"]).build(backbone, backbone)
+    decay = {id(parameter): group["weight_decay"] for group in optimizer.param_groups for parameter in group["params"]}
+    layers = [module for module in backbone.modules() if isinstance(module, DiracConv2d)]
+    assert layers
+    for layer in layers:
+        assert decay[id(layer.weight)] == told["optimizer"]["weight_decay"] > 0
+        assert [decay[id(parameter)] for name, parameter in layer.named_parameters() if name != "weight"] == [0, 0]
+    for parameter in backbone.parameters():  # and all that the code spares besides: norms and biases
+        assert (decay[id(parameter)] > 0) == (parameter.ndim != 1)
+
+
+def test_pixels_of_house_numbers_are_not_normalised():
+    for stage in chain_of("wrn_table_5_6").stages.values():
+        statistics = [list(backbone_of(stage).pretrained_cfg[name]) for name in ("mean", "std")]
+        assert (statistics == [[0, 0, 0], [1, 1, 1]]) == (stage.recipe.name == "wrn_svhn.yaml")
