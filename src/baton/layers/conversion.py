@@ -48,18 +48,19 @@ def convert(model: Network, layer: type[nn.Module], where: Where = None, **optio
             raise ValueError(
                 f"Expected patterns of names of spatial convolutions, but {pattern!r} matches none of them: {near} ..."
             )
-    count = 0
+    made: dict[nn.Module, nn.Module] = {}
     for name, parent, last, conv in found:
         asked = (callable(where) and where(name, conv)) or any(fnmatchcase(name, pattern) for pattern in patterns)
         if where is not None and not asked:
             continue
         reason = _unfit(conv, layer)
         if reason is None:
-            setattr(parent, last, _REPLACEMENTS[layer](conv, options))
-            count += 1
+            if conv not in made:  # one that acts in several places stays one
+                made[conv] = _REPLACEMENTS[layer](conv, options)
+            setattr(parent, last, made[conv])
         elif asked:
             raise ValueError(f"Expected a convolution that {layer.__name__} can replace, but {name} has {reason}.")
-    if not count:
+    if not made:
         raise ValueError(
             f"Expected a network with spatial convolutions, but {type(model).__name__} has none to replace."
         )
@@ -69,7 +70,7 @@ def convert(model: Network, layer: type[nn.Module], where: Where = None, **optio
 def _spatial_convolutions(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Conv2d]]:
     """Name, parent, name in the parent, and convolution, of all whose kernel has more than one pixel."""
     for path, parent in model.named_modules():
-        for last, child in parent.named_children():
+        for last, child in parent._modules.items():
             # subclasses too, as timm's pad as TensorFlow does; but not those that already are another layer
             if isinstance(child, nn.Conv2d) and not isinstance(child, DiracConv2d) and max(child.kernel_size) > 1:
                 yield f"{path}.{last}".removeprefix("."), parent, last, child

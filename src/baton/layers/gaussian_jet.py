@@ -10,13 +10,11 @@ with the probabilists' Hermite polynomials He; written with the paper's H_m, it 
 Gaussian g is sampled at whole pixels, cut off after `half` pixels, and divided by its sum, as the published code does.
 """
 
-from typing import Literal, get_args
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-SizeRule = Literal["paper", "code"]
+SIZE_RULES = ("paper", "code")
 #: What rounding may add to extent * σ before the filter grows: σ = 1.5 must give 7 taps, though 2^log2(1.5) is above.
 _ROUNDING = 1e-4
 
@@ -30,7 +28,7 @@ def orders(order: int) -> list[tuple[int, int]]:
     return [(i, j) for i in range(order + 1) for j in range(order + 1 - i)]
 
 
-def half_sizes(sigma: Float[Tensor, "..."], extent: float, rule: SizeRule = "paper") -> Float[Tensor, "..."]:
+def half_sizes(sigma: Float[Tensor, "..."], extent: float, rule: str = "paper") -> Float[Tensor, "..."]:
     """Pixels from a filter's centre to its border; its side is twice that and one. Without gradient.
 
     The paper has s = 2 ⌈k σ⌉ + 1 with k = `extent`; the published code 2 ⌈k σ + 1/2⌉ + 1, two pixels more as a rule.
@@ -50,7 +48,7 @@ def check_size_rule(rule: str) -> None:
     Raises:
         ValueError: for another rule.
     """
-    if rule not in get_args(SizeRule):
+    if rule not in SIZE_RULES:
         raise ValueError(f"Expected size_rule 'paper' or 'code', but got {rule!r}.")
 
 

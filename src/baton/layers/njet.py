@@ -1,18 +1,19 @@
 """N-Jet convolutions: filters made of Gaussian derivatives, whose scale, and so whose size, is learned."""
 
 import math
-from typing import Any, Literal, get_args
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from baton.layers.gaussian_jet import SizeRule, check_size_rule, gaussian_jet, half_sizes, orders
+from baton.layers.gaussian_jet import check_size_rule, gaussian_jet, half_sizes, orders
 from baton.layers.host_value import HostValue
 from baton.layers.jet_convolution import jet_convolution, toeplitz
 
-Evaluation = Literal["auto", "filters", "separable"]
+EVALUATIONS = ("auto", "filters", "separable")
 #: By how much a scale may grow between two looks at an accelerator before its filters are cut off.
 _HEADROOM = 1.2
 
@@ -79,9 +80,9 @@ class NJetConv2d(nn.Module):
         stride: int = 1,
         groups: int = 1,
         bias: bool = True,
-        size_rule: SizeRule = "paper",
-        evaluation: Evaluation = "auto",
-        padding: Literal["same", "valid"] = "same",
+        size_rule: str = "paper",
+        evaluation: str = "auto",
+        padding: str = "same",
         sigma_groups: int = 1,
         learn_sigma: bool = True,
         init_std: float | None = None,
@@ -91,7 +92,7 @@ class NJetConv2d(nn.Module):
         super().__init__()
         _check(in_channels, out_channels, order, sigma, extent, stride, groups, sigma_groups)
         check_size_rule(size_rule)
-        if evaluation not in get_args(Evaluation):
+        if evaluation not in EVALUATIONS:
             raise ValueError(f"Expected evaluation 'auto', 'filters' or 'separable', but got {evaluation!r}.")
         if padding not in ("same", "valid"):
             raise ValueError(
@@ -101,8 +102,7 @@ class NJetConv2d(nn.Module):
             raise ValueError("Several scales in a grouped convolution need evaluation='filters' (or 'auto').")
         self.in_channels, self.out_channels, self.order, self.extent = in_channels, out_channels, order, extent
         self.stride, self.groups, self.sigma_groups = stride, groups, sigma_groups
-        self.size_rule: SizeRule = size_rule
-        self.evaluation: Evaluation = evaluation
+        self.size_rule, self.evaluation = size_rule, evaluation
         self.padding, self.init_std, self._initial_sigma = padding, init_std, sigma
         placed: dict[str, Any] = {"device": device, "dtype": dtype}
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels // groups, len(orders(order)), **placed))
@@ -181,9 +181,8 @@ class NJetConv2d(nn.Module):
                 f"Expected maps of at least {2 * reach + 1} pixels a side, as the filters have at their present scale, "
                 f"but got {x.shape[2]} x {x.shape[3]}: use padding='same', larger maps or a smaller sigma."
             )
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        with torch.autocast(device, enabled=False):  # filters are made in full precision
+        dtype, full_precision = _precision(x)
+        with full_precision:  # in which filters are made
             x, bias = x.to(dtype), None if self.bias is None else self.bias.to(dtype)
             if not self._is_separable(x.shape[2], x.shape[3], 2 * reach + 1):
                 return F.conv2d(
@@ -289,6 +288,15 @@ def _check(
             f"Expected sigma_groups that divide the {out_channels} filters (1 is a scale for all), but got "
             f"{sigma_groups}."
         )
+
+
+def _precision(x: Tensor) -> tuple[torch.dtype, AbstractContextManager[Any]]:
+    """The type in which maps are convolved, and a context without autocast."""
+    device = x.device.type
+    if not torch.amp.is_autocast_available(device):
+        return x.dtype, nullcontext()
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    return dtype, torch.autocast(device, enabled=False)
 
 
 def _accurate(dtype: torch.dtype) -> torch.dtype:

@@ -1,15 +1,13 @@
 """Safe subsampling: maps that a blur has left without fine detail lose the pixels that they no longer need."""
 
-from typing import Literal, get_args
-
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from baton.layers.njet import NJetConv2d
 
-Rule = Literal["paper", "code"]
-Mode = Literal["nearest", "bilinear", "area"]
+RULES = ("paper", "code")
+MODES = ("nearest", "bilinear", "area")
 
 
 class SafeSubsample(nn.Module):
@@ -33,14 +31,14 @@ class SafeSubsample(nn.Module):
         ValueError: for r of 0 or less, another rule or mode, a shortest side below 1, or a scale of 0 or less.
     """
 
-    def __init__(self, r: float = 4.0, rule: Rule = "paper", mode: Mode = "nearest", min_side: int = 4) -> None:
+    def __init__(self, r: float = 4.0, rule: str = "paper", mode: str = "nearest", min_side: int = 4) -> None:
         super().__init__()
         if r <= 0:
             raise ValueError(f"Expected r above 0, the scale at which maps are halved, but got {r}.")
-        if rule not in get_args(Rule):
+        if rule not in RULES:
             raise ValueError(f"Expected rule 'paper' or 'code', but got {rule!r}.")
-        if mode not in get_args(Mode):
-            raise ValueError(f"Expected mode {', '.join(map(repr, get_args(Mode)))}, but got {mode!r}.")
+        if mode not in MODES:
+            raise ValueError(f"Expected mode {', '.join(map(repr, MODES))}, but got {mode!r}.")
         if min_side < 1:
             raise ValueError(f"Expected min_side of 1 or more, but got {min_side}.")
         self.r, self.rule, self.mode, self.min_side = r, rule, mode, min_side
