@@ -108,7 +108,7 @@ class NJetConv2d(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels // groups, len(orders(order)), **placed))
         self.log2_sigma = nn.Parameter(torch.empty(sigma_groups, **placed), requires_grad=learn_sigma)
         self.register_parameter("bias", nn.Parameter(torch.empty(out_channels, **placed)) if bias else None)
-        self._host_sigma = HostValue([sigma] * sigma_groups)
+        self._host_sigma = HostValue([math.log2(sigma)] * sigma_groups)  # of s, as the parameter
         self.register_load_state_dict_post_hook(_refresh)
         self.reset_parameters()
 
