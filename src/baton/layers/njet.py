@@ -116,10 +116,12 @@ class NJetConv2d(nn.Module):
         """Draw α afresh, and set σ to what it was at the start and the bias to zero."""
         std = self.init_std
         if std is None:
-            sigma = torch.tensor([self._initial_sigma], dtype=torch.float64)
+            sigma = torch.tensor([self._initial_sigma], dtype=torch.float64, device="cpu")  # whatever the default is
             half = half_sizes(sigma, self.extent, self.size_rule)
             reach = int(half)
-            energy = gaussian_jet(sigma, self.order, torch.arange(-reach, reach + 1), half)[0].square().sum(1)
+            energy = (
+                gaussian_jet(sigma, self.order, torch.arange(-reach, reach + 1, device="cpu"), half)[0].square().sum(1)
+            )
             total = sum(float(energy[i] * energy[j]) for i, j in orders(self.order))
             std = math.sqrt(2 / (self.weight.shape[1] * total))
         nn.init.normal_(self.weight, std=std)
@@ -204,7 +206,7 @@ class NJetConv2d(nn.Module):
     def _reach(self, exact: bool) -> int:
         """Taps from the centre to the border that the filters have, or at most have."""
         sigma = 2.0 ** max(self._host_sigma.values) * (1.0 if exact else _HEADROOM)
-        return int(half_sizes(torch.tensor(sigma, dtype=torch.float64), self.extent, self.size_rule))
+        return int(half_sizes(torch.tensor(sigma, dtype=torch.float64, device="cpu"), self.extent, self.size_rule))
 
     def _basis(self, reach: int) -> Float[Tensor, "sigma_groups orders taps"]:
         sigma = self.sigma
