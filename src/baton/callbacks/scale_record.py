@@ -86,9 +86,8 @@ class ScaleRecord(Drawing):
             return
         rows = self.measure(epoch, _network(pl_module))
         self.rows += rows
-        metrics = self.metrics(rows) if isinstance(pl_module, Task) else {}
-        if metrics:
-            pl_module.record(metrics)
+        if rows and isinstance(pl_module, Task):
+            pl_module.record(self.metrics(rows))
         if trainer.is_global_zero and self.rows:
             self.write_csv(self.name, self.header, self.rows)
             for logger in trainer.loggers:
