@@ -7,5 +7,6 @@ from baton.data.imagenet import ImageNet as ImageNet
 from baton.data.mnist import MNIST as MNIST
 from baton.data.mnist import FashionMNIST as FashionMNIST
 from baton.data.shapes import Shapes as Shapes
+from baton.data.shapes_masks import ShapesMasks as ShapesMasks
 from baton.data.stl10 import STL10 as STL10
 from baton.data.svhn import SVHN as SVHN
