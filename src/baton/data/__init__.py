@@ -6,6 +6,7 @@ from baton.data.image_folder import ImageFolder as ImageFolder
 from baton.data.imagenet import ImageNet as ImageNet
 from baton.data.mnist import MNIST as MNIST
 from baton.data.mnist import FashionMNIST as FashionMNIST
+from baton.data.multi_scale_fashion_mnist import MultiScaleFashionMNIST as MultiScaleFashionMNIST
 from baton.data.shapes import Shapes as Shapes
 from baton.data.shapes_masks import ShapesMasks as ShapesMasks
 from baton.data.stl10 import STL10 as STL10
