@@ -4,6 +4,7 @@ from baton.data.cifar import CIFAR10 as CIFAR10
 from baton.data.cifar import CIFAR100 as CIFAR100
 from baton.data.image_folder import ImageFolder as ImageFolder
 from baton.data.imagenet import ImageNet as ImageNet
+from baton.data.mask_folder import MaskFolder as MaskFolder
 from baton.data.mnist import MNIST as MNIST
 from baton.data.mnist import FashionMNIST as FashionMNIST
 from baton.data.multi_scale_fashion_mnist import MultiScaleFashionMNIST as MultiScaleFashionMNIST
