@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import baton  # noqa: F401
-from baton.layers import DiracConv2d, fold
+from baton.layers import DiracConv2d, NJetConv2d, fold
 from tiny import same, state
 
 
@@ -172,3 +172,18 @@ def test_what_cannot_be_folded(network, said):
 def test_residual_networks_cannot_be_folded():
     with pytest.raises(ValueError, match=r"but group1\.0\.norms\.0 "):
         fold(timm.create_model("wrn_16_1"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("options", [{}, {"stride": 2}, {"groups": 2, "bias": False}, {"padding": "valid"}])
+def test_njet_layers_become_convolutions_of_their_present_size(dtype, options):
+    network = trained(row(NJetConv2d(4, 6, 3, **options)), dtype)
+    with torch.no_grad():
+        network[1].log2_sigma.fill_(0.7)
+    folded, x = fold(network), torch.randn(2, 4, 15, 17, dtype=dtype)
+    assert [type(layer) for layer in folded] == [nn.ReLU, nn.Conv2d, nn.ReLU]
+    assert folded[1].kernel_size == (9, 9)  # σ = 2^0.7 = 1.62
+    assert_equal_outputs(folded(x), network(x))
+    alone = fold(network[1])
+    assert type(alone) is nn.Conv2d
+    assert_equal_outputs(alone(x), network[1](x))

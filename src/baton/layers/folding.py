@@ -1,4 +1,4 @@
-"""Folding: BatchNorm and the Dirac parameterisation go into the weights of plain convolutions."""
+"""Folding: BatchNorm, the Dirac parameterisation and N-Jet filters go into the weights of plain convolutions."""
 
 import copy
 from itertools import pairwise
@@ -9,11 +9,13 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from baton.layers.dirac import DiracConv2d
+from baton.layers.njet import NJetConv2d
 
 Network = TypeVar("Network", bound=nn.Module)
 
 #: What can be folded is of exactly these types: another class may compute something else.
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, DiracConv2d)
+_PARAMETERISED = (DiracConv2d, NJetConv2d)
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_PARAMETERISED)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
@@ -25,6 +27,8 @@ def fold(model: Network) -> Network:
     bias c, the plain convolution has
 
         weight  g / sqrt(v + eps) Ŵ          bias  h + (c - m) g / sqrt(v + eps)
+
+    An N-Jet convolution becomes one with its filters at the present scales.
 
     Every BatchNorm must follow its convolution in an `nn.Sequential`, where the order of computation is certain; it is
     removed from there, and layers that are named by their number move up. A Dirac convolution without a BatchNorm
@@ -51,14 +55,14 @@ def fold(model: Network) -> Network:
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             which = f"{name or 'the network itself'} ({type(module).__name__})"
             raise ValueError(
-                "Expected every BatchNorm directly after a plain or Dirac convolution in an nn.Sequential, and with "
-                f"running statistics, but {which} is not: it cannot be folded."
+                "Expected every BatchNorm directly after a plain, Dirac or N-Jet convolution in an nn.Sequential, and "
+                f"with running statistics, but {which} is not: it cannot be folded."
             )
     for module in list(folded.modules()):
         for name, child in module._modules.items():
-            if isinstance(child, DiracConv2d):
+            if isinstance(child, _PARAMETERISED):
                 setattr(module, name, _plain(child))
-    return _plain(folded) if isinstance(folded, DiracConv2d) else folded
+    return _plain(folded) if isinstance(folded, _PARAMETERISED) else folded
 
 
 def _fold_row(row: nn.Sequential) -> None:
@@ -75,24 +79,22 @@ def _fold_row(row: nn.Sequential) -> None:
 
 def _plain(conv: Any, norm: Any = None) -> Any:
     """A convolution without parameterisation, that does what the BatchNorm after it did as well."""
-    weight = conv.effective_weight() if isinstance(conv, DiracConv2d) else conv.weight
     bias = conv.bias
+    padding, dilation, mode, kind = 0, 1, "zeros", type(conv)
+    if isinstance(conv, NJetConv2d):
+        weight = conv.filters().to(conv.weight.dtype)
+        padding = conv.kernel_size // 2 if conv.padding == "same" else 0
+    else:
+        weight = conv.effective_weight() if isinstance(conv, DiracConv2d) else conv.weight
+        padding, dilation, mode = conv.padding, conv.dilation, conv.padding_mode
     if norm is not None:
         statistics = norm.running_mean, norm.running_var, norm.eps
         weight, bias = fuse_conv_bn_weights(weight, bias, *statistics, norm.weight, norm.bias)
-    kind = nn.Conv2d if isinstance(conv, DiracConv2d) else type(conv)
-    plain = kind(
-        conv.in_channels,
-        conv.out_channels,
-        conv.kernel_size,
-        conv.stride,
-        conv.padding,
-        conv.dilation,
-        conv.groups,
-        bias is not None,
-        conv.padding_mode,
-        device="meta",
-    )
+    if kind in _PARAMETERISED:
+        kind = nn.Conv2d
+    channels, sizes = (conv.in_channels, conv.out_channels), weight.shape[2:]
+    groups, biased = conv.groups, bias is not None
+    plain = kind(*channels, tuple(sizes), conv.stride, padding, dilation, groups, biased, mode, device="meta")
     learns = conv.weight.requires_grad
     plain.weight = nn.Parameter(weight.detach(), learns)
     plain.bias = None if bias is None else nn.Parameter(bias.detach(), learns)
