@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import nn
 
-from baton.layers.gaussian_jet import SizeRule
 from baton.layers.njet import Evaluation, NJetConv2d
 from baton.layers.subsampling import Mode, Rule, SafeSubsample, SubsampledNJet
 
@@ -41,7 +40,7 @@ class Jets:
         sigma: float | Sequence[float] = 1.0,
         learn_sigma: bool = True,
         extent: float = 2.0,
-        size_rule: SizeRule = "paper",
+        size_rule: str = "paper",
         evaluation: Evaluation = "auto",
         sigma_groups: int = 1,
         init_std: float = 1.0,
