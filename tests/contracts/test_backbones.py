@@ -15,6 +15,7 @@ from timm.models import group_parameters
 from torch import nn
 
 from baton.backbones import list_backbones
+from baton.layers import NJetConv2d
 
 LARGE = 6_000_000
 #: Networks that convert RGB themselves.
@@ -251,7 +252,11 @@ def test_configuration_describes_the_network(name):
         assert len(config[statistic]) in (1, channels, 3)
         assert all(0 <= value <= 1 for value in config[statistic])
     assert model.get_submodule(config["classifier"]) is model.get_classifier()
-    if name not in RGB_ONLY:  # whose first convolutions see what it makes of RGB
+    if config["first_conv"] is None and name not in RGB_ONLY:  # timm cannot make its weights fit other channels
+        first = next(m for m in model.modules() if isinstance(m, nn.Conv2d | NJetConv2d))
+        assert isinstance(first, NJetConv2d)
+        assert first.in_channels == channels
+    elif name not in RGB_ONLY:  # whose first convolutions see what it makes of RGB
         assert isinstance(model.get_submodule(config["first_conv"]), nn.Conv2d)
         assert model.get_submodule(config["first_conv"]).in_channels == channels
     if name in OWN:

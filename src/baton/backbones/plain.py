@@ -6,7 +6,7 @@ order in which it acts, so that a decoder can be derived by walking them.
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,6 +15,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from baton.backbones.staged import StagedNetwork, draw_kaiming, scaled_width
+from baton.layers.deformable import DeformableConv2d
+from baton.layers.njet import NJetConv2d
+from baton.layers.subsampling import SubsampledNJet
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,8 @@ class Conv:
         width: channels, before the network's width multiplier.
         kernel: side in pixels.
         stride: step in pixels.
-        padding: cells of zeros at each border; None for half the kernel, which keeps the side at stride 1.
+        padding: cells of zeros at each border; None for half the kernel, which keeps the side at stride 1. Only of
+            ordinary convolutions: others pad on their own.
         relu: whether a ReLU follows.
     """
 
@@ -37,6 +41,9 @@ class Conv:
 
 
 Stages = Mapping[str, Sequence[Conv | nn.Module]]
+#: Makes a spatial convolution from channels that enter, channels that leave, kernel, stride, `bias=`, and where it is
+#: placed, as `spatial_conv` does. A row of several layers is laid flat.
+Make = Callable[..., nn.Module]
 
 
 class PlainNetwork(StagedNetwork):
@@ -45,14 +52,17 @@ class PlainNetwork(StagedNetwork):
     It may choose over which `fan` weights are drawn, and what BatchNorm adds to the variance, `norm_eps`.
 
     `feature_info` says beside channels and reduction by how many cells (`border`) missing padding makes a map smaller;
-    `min_side` is the smallest image of which every layer leaves something.
+    `min_side` is the smallest image of which every layer leaves something. Where N-Jet layers subsample as their scales
+    allow, `reduction` is that of the scales at the start, seldom a whole number, and borders are not counted.
     """
 
     fan: Literal["fan_in", "fan_out"] = "fan_in"
     norm_eps: float = 1e-5
     min_side: int
 
-    def _add_stages(self, stages: Stages, in_chans: int, width: float, norm: bool, **placed: Any) -> int:
+    def _add_stages(
+        self, stages: Stages, in_chans: int, width: float, norm: bool, make: Make | None = None, **placed: Any
+    ) -> int:
         """Build the stages and describe them.
 
         Args:
@@ -60,6 +70,7 @@ class PlainNetwork(StagedNetwork):
             in_chans: image channels.
             width: multiplier of all widths.
             norm: BatchNorm after every convolution, which then has no bias.
+            make: what stands for convolutions whose kernel has more than one pixel; None leaves them ordinary.
             **placed: `device` and `dtype` of the parameters.
 
         Returns:
@@ -74,17 +85,23 @@ class PlainNetwork(StagedNetwork):
                 if not isinstance(item, Conv):
                     layers.append(item)
                     continue
-                out, padding = scaled_width(item.width, width), item.padding
-                padding = item.kernel // 2 if padding is None else padding
-                layers.append(nn.Conv2d(channels, out, item.kernel, item.stride, padding, bias=not norm, **placed))
+                out = scaled_width(item.width, width)
+                if make is None or item.kernel == 1:
+                    padding = item.kernel // 2 if item.padding is None else item.padding
+                    layers.append(nn.Conv2d(channels, out, item.kernel, item.stride, padding, bias=not norm, **placed))
+                else:
+                    made = make(channels, out, item.kernel, item.stride, bias=not norm, **placed)
+                    layers += made if isinstance(made, nn.Sequential) else [made]
                 layers += [nn.BatchNorm2d(out, self.norm_eps, **placed)] if norm else []
                 layers += [nn.ReLU()] if item.relu else []
                 channels = out
             self.add_module(name, nn.Sequential(*layers))
             rows += layers
-            reduction *= math.prod(stride for _, stride, _, _ in _windows(layers))
-            # measured on an image large enough that no layer lacks pixels, and of a side that every stride divides
-            border = 64 - _sides(rows, 64 * reduction)[-1]
+            reduction *= math.prod(map(_factor, layers))
+            if any(isinstance(layer, SubsampledNJet) for layer in rows):
+                border = 0
+            else:  # measured on an image large enough that no layer lacks pixels, of a side that every stride divides
+                border = 64 - _sides(rows, 64 * reduction)[-1]
             self.feature_info.append({"num_chs": channels, "reduction": reduction, "border": border, "module": name})
         self.min_side = next(side for side in itertools.count(1) if min(_sides(rows, side)) > 0)
         return channels
@@ -110,22 +127,42 @@ class PlainNetwork(StagedNetwork):
         return x
 
 
-def _windows(layers: Sequence[nn.Module]) -> Iterator[tuple[int, int, int, bool]]:
-    """Kernel, stride, padding and whether the side is rounded up, of each convolution and pooling."""
-    for layer in layers:
-        if isinstance(layer, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d):
-            sizes = (layer.kernel_size, layer.stride, layer.padding)
-            kernel, stride, padding = (int(size[0] if isinstance(size, tuple) else size) for size in sizes)
-            yield kernel, stride, padding, bool(getattr(layer, "ceil_mode", False))
+def _factor(layer: nn.Module) -> float:
+    """How many times shorter a layer makes the sides of maps, before they are rounded."""
+    if isinstance(layer, SubsampledNJet):
+        return layer.conv.stride * layer.subsample.factor(layer.conv.host_sigma)
+    return _number(layer.stride) if isinstance(layer, (NJetConv2d, *_WINDOWED)) else 1
 
 
 def _sides(layers: Sequence[nn.Module], side: int) -> list[int]:
     """Sides of the maps from the image on; below 1 where nothing is left (what follows then means nothing)."""
     sides = [side]
-    for kernel, stride, padding, up in _windows(layers):
-        room = sides[-1] + 2 * padding - kernel
-        after = (-(-room // stride) if up else room // stride) + 1
-        if up and (after - 1) * stride >= sides[-1] + padding:
-            after -= 1  # no window starts beyond the map
-        sides.append(after)
+    for layer in layers:
+        sides.append(_side(layer, sides[-1]))
     return sides
+
+
+def _side(layer: nn.Module, side: int) -> int:
+    """Side of the map that a layer makes of one of this side."""
+    if isinstance(layer, SubsampledNJet):
+        return layer.subsample.side(_side(layer.conv, side), layer.conv.host_sigma)
+    if isinstance(layer, NJetConv2d):
+        return (side - 1) // layer.stride + 1
+    if isinstance(layer, nn.ZeroPad2d):
+        return side + sum(layer.padding[:2])
+    if not isinstance(layer, _WINDOWED):
+        return side
+    stride, padding, up = _number(layer.stride), _number(layer.padding), bool(getattr(layer, "ceil_mode", False))
+    kernel = _number(getattr(layer, "dilation", 1)) * (_number(layer.kernel_size) - 1) + 1
+    room = side + 2 * padding - kernel
+    after = (-(-room // stride) if up else room // stride) + 1
+    if up and (after - 1) * stride >= side + padding:
+        after -= 1  # no window starts beyond the map
+    return after
+
+
+_WINDOWED = (nn.Conv2d, DeformableConv2d, nn.MaxPool2d, nn.AvgPool2d)
+
+
+def _number(size: Any) -> int:
+    return int(size[0] if isinstance(size, tuple) else size)

@@ -10,6 +10,8 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from baton.backbones.headed import HeadedNetwork
+from baton.layers.deformable import DeformableConv2d
+from baton.layers.njet import NJetConv2d
 
 
 class StagedNetwork(HeadedNetwork):
@@ -167,12 +169,20 @@ def check_options(width: float, drop_rate: float) -> None:
 def draw_kaiming(network: StagedNetwork, mode: Literal["fan_in", "fan_out"] = "fan_in") -> None:
     """Draw all weights afresh: convolutions Kaiming normal, biases zero, norms one, the classifier by its own rule.
 
+    N-Jet layers have their own rule, too, and the offsets of deformable convolutions begin at zero.
+
     Args:
         network: whose weights are drawn, in place.
         mode: what a convolution's variance is two over: the fan-in or the fan-out.
     """
+    offsets = {module.offset for module in network.modules() if isinstance(module, DeformableConv2d)}
     for module in network.modules():
-        if isinstance(module, nn.Conv2d):
+        if module in offsets:
+            for parameter in module.parameters():
+                nn.init.zeros_(parameter)
+        elif isinstance(module, NJetConv2d):
+            module.reset_parameters()
+        elif isinstance(module, nn.Conv2d | DeformableConv2d):
             nn.init.kaiming_normal_(module.weight, mode=mode, nonlinearity="relu")
             if module.bias is not None:
                 nn.init.zeros_(module.bias)

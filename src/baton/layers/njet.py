@@ -37,7 +37,8 @@ class NJetConv2d(nn.Module):
 
     Where paper and published code disagree: the paper's filter has 2 ⌈kσ⌉ + 1 pixels, the code's 2 ⌈kσ + 1/2⌉ + 1
     (`size_rule`). The code draws α from N(0, 1) whatever the fan-in, which needs a BatchNorm behind it:
-    `init_std=1.0`. By default α is drawn so that white noise keeps its variance through layer and ReLU.
+    `init_std=1.0`. By default α is drawn as in Kaiming's rule, so that neither white noise nor a constant map becomes
+    larger through layer and ReLU, and one of them keeps its mean square: maps behind a blur are between the two.
 
     Args:
         in_channels: channels that enter.
@@ -108,7 +109,7 @@ class NJetConv2d(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels // groups, len(orders(order)), **placed))
         self.log2_sigma = nn.Parameter(torch.empty(sigma_groups, **placed), requires_grad=learn_sigma)
         self.register_parameter("bias", nn.Parameter(torch.empty(out_channels, **placed)) if bias else None)
-        self._host_sigma = HostValue([sigma] * sigma_groups)
+        self._host_sigma = HostValue([math.log2(sigma)] * sigma_groups)  # of s, as the parameter
         self.register_load_state_dict_post_hook(_refresh)
         self.reset_parameters()
 
@@ -116,12 +117,7 @@ class NJetConv2d(nn.Module):
         """Draw α afresh, and set σ to what it was at the start and the bias to zero."""
         std = self.init_std
         if std is None:
-            sigma = torch.tensor([self._initial_sigma], dtype=torch.float64)
-            half = half_sizes(sigma, self.extent, self.size_rule)
-            reach = int(half)
-            energy = gaussian_jet(sigma, self.order, torch.arange(-reach, reach + 1), half)[0].square().sum(1)
-            total = sum(float(energy[i] * energy[j]) for i, j in orders(self.order))
-            std = math.sqrt(2 / (self.weight.shape[1] * total))
+            std = math.sqrt(2 / (self.weight.shape[1] * self._largest_gain()))
         nn.init.normal_(self.weight, std=std)
         nn.init.constant_(self.log2_sigma, math.log2(self._initial_sigma))
         if self.bias is not None:
@@ -201,10 +197,19 @@ class NJetConv2d(nn.Module):
             f"evaluation={self.evaluation!r}, padding={self.padding!r}"
         )
 
+    def _largest_gain(self) -> float:
+        """The largest of what α of variance 1 makes of white noise of variance 1, and of a constant map of 1."""
+        sigma = torch.tensor([self._initial_sigma], dtype=torch.float64, device="cpu")  # whatever the default is
+        half = half_sizes(sigma, self.extent, self.size_rule)
+        offsets = torch.arange(-int(half), int(half) + 1, device="cpu")
+        taps = gaussian_jet(sigma, self.order, offsets, half)[0]
+        gains = [(taps.square().sum(1)).tolist(), taps.sum(1).square().tolist()]
+        return max(sum(gain[i] * gain[j] for i, j in orders(self.order)) for gain in gains)
+
     def _reach(self, exact: bool) -> int:
         """Taps from the centre to the border that the filters have, or at most have."""
         sigma = 2.0 ** max(self._host_sigma.values) * (1.0 if exact else _HEADROOM)
-        return int(half_sizes(torch.tensor(sigma, dtype=torch.float64), self.extent, self.size_rule))
+        return int(half_sizes(torch.tensor(sigma, dtype=torch.float64, device="cpu"), self.extent, self.size_rule))
 
     def _basis(self, reach: int) -> Float[Tensor, "sigma_groups orders taps"]:
         sigma = self.sigma

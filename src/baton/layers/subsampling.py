@@ -43,6 +43,16 @@ class SafeSubsample(nn.Module):
             raise ValueError(f"Expected min_side of 1 or more, but got {min_side}.")
         self.r, self.rule, self.mode, self.min_side = r, rule, mode, min_side
 
+    def factor(self, sigma: float) -> float:
+        """How many times shorter a side becomes, before it is rounded.
+
+        Args:
+            sigma: the map's scale, in pixels.
+        """
+        if sigma <= 0:
+            raise ValueError(f"Expected a scale sigma above 0 pixels, but got {sigma}.")
+        return 2 ** (sigma / self.r) if self.rule == "paper" else max(1.0, 2**sigma / self.r)
+
     def side(self, side: int, sigma: float) -> int:
         """The side of a subsampled map.
 
@@ -50,12 +60,8 @@ class SafeSubsample(nn.Module):
             side: of the map, in pixels.
             sigma: its scale, in pixels.
         """
-        if sigma <= 0:
-            raise ValueError(f"Expected a scale sigma above 0 pixels, but got {sigma}.")
-        shorter = (
-            round(side * 0.5 ** (sigma / self.r)) if self.rule == "paper" else int(side / max(1, 2**sigma / self.r))
-        )
-        return min(side, max(shorter, self.min_side))
+        shorter = side / self.factor(sigma)
+        return min(side, max(round(shorter) if self.rule == "paper" else int(shorter), self.min_side))
 
     def forward(
         self, x: Float[Tensor, "batch channels height width"], sigma: float | Tensor

@@ -1,5 +1,6 @@
 """Denoising autoencoder: corrupt the image, reconstruct it, keep the encoder."""
 
+import math
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -161,7 +162,7 @@ class Denoising(Task):
         if not hasattr(self.backbone, "forward_intermediates"):
             raise ValueError(f"Denoising needs a backbone with a spatial map, {self.hparams['backbone']} has none.")
         last = self.backbone.feature_info[-1]
-        shape = last["num_chs"], last["reduction"]
+        shape = last["num_chs"], math.ceil(last["reduction"])  # no whole number where scales choose the side
         if decoder == "transposed":
             self.decoder: nn.Module = TransposedDecoder(*shape)
         else:
