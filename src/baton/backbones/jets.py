@@ -6,9 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from baton.layers.gaussian_jet import SizeRule
-from baton.layers.njet import Evaluation, NJetConv2d
-from baton.layers.subsampling import Mode, Rule, SafeSubsample, SubsampledNJet
+from baton.layers.njet import NJetConv2d
+from baton.layers.subsampling import SafeSubsample, SubsampledNJet
 
 
 class Jets:
@@ -41,13 +40,13 @@ class Jets:
         sigma: float | Sequence[float] = 1.0,
         learn_sigma: bool = True,
         extent: float = 2.0,
-        size_rule: SizeRule = "paper",
-        evaluation: Evaluation = "auto",
+        size_rule: str = "paper",
+        evaluation: str = "auto",
         sigma_groups: int = 1,
         init_std: float = 1.0,
         r: float = 4.0,
-        rule: Rule = "paper",
-        mode: Mode = "nearest",
+        rule: str = "paper",
+        mode: str = "nearest",
     ) -> None:
         sigmas = [sigma] * count if isinstance(sigma, int | float) else list(sigma)
         if len(sigmas) != count:
