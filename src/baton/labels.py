@@ -9,14 +9,14 @@ from torchmetrics.classification import MulticlassAccuracy
 from baton.task import Task
 
 
-def find_classes(task: Task, num_classes: int | None) -> tuple[int, list[str] | None]:
+def find_classes(task: Task, num_classes: int | None, *, of_samples: bool = True) -> tuple[int, list[str] | None]:
     """Return how many classes a task has and, where the data can name all of them, their names.
-
-    Every sample that this run will compare with its class must have one.
 
     Args:
         task: with its data module, or none.
         num_classes: what the user says; `None` asks the data.
+        of_samples: whether every sample that this run will compare with its class must have one; otherwise parts of it
+            have classes, such as its pixels.
 
     Raises:
         ValueError: for fewer than two classes, fewer than the data have, or samples without one.
@@ -29,7 +29,8 @@ def find_classes(task: Task, num_classes: int | None) -> tuple[int, list[str] | 
         return classes, None
     if data.num_classes > classes:
         raise ValueError(f"model.num_classes={classes} is too few: the data have {data.num_classes} classes.")
-    _check_samples(task, data)
+    if of_samples:
+        _check_samples(task, data)
     return classes, list(data.classes) if data.num_classes == classes else None
 
 

@@ -83,7 +83,10 @@ def _matching(word: str, entries: list[tuple[str, str]], filter: str) -> list[tu
 
 
 def _subclasses(base: str, files: Sequence[Path]) -> dict[str, str]:
-    """Public classes in these files that derive from `base`, directly or not, with their first docstring line."""
+    """Public classes in these files that derive from `base`, directly or not, with their first docstring line.
+
+    Classes that are there to be derived from say so: "Base of …".
+    """
     classes: dict[str, tuple[list[str], str]] = {}
     for file in files:
         for node in ast.parse(file.read_text(encoding="utf-8")).body:
@@ -94,7 +97,8 @@ def _subclasses(base: str, files: Sequence[Path]) -> dict[str, str]:
     while len(found) > size:
         size = len(found)
         found |= {name for name, (bases, _) in classes.items() if found & set(bases)}
-    return {name: classes[name][1] for name in found - {base} if not name.startswith("_")}
+    texts = {name: classes[name][1] for name in found - {base} if not name.startswith("_")}
+    return {name: text for name, text in texts.items() if not text.startswith("Base of ")}
 
 
 def _natural(name: str) -> list[int | str]:

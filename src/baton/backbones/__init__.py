@@ -22,6 +22,7 @@ from baton.backbones import (  # noqa: F401  (importing registers)
     resnet_cifar,
     split_brain,
     toy_cnn,
+    unet,
     vgg_small,
     wide_resnet,
     wide_resnet_imagenet,

@@ -23,7 +23,9 @@ class UnreadableImageError(ValueError):
 
     def __init__(self, message: str) -> None:
         # A DataLoader's worker raises it again with its whole traceback as the message: keep the sentence.
-        super().__init__(message.strip().splitlines()[-1].removeprefix(f"{__name__}.{type(self).__name__}: "))
+        super().__init__(
+            message.strip().splitlines()[-1].removeprefix(f"{type(self).__module__}.{type(self).__name__}: ")
+        )
 
 
 def decode(path: str | Path) -> UInt8[Tensor, "3 height width"]:

@@ -139,7 +139,7 @@ class ImageData(LightningDataModule):
         keep = torch.arange(len(train))
         if self.val_size:
             keep, held_out = split_stratified(train.targets, self.val_size, seed=self.seed)
-            val = _Part(_as_evaluated(train), held_out)
+            val = _Part(as_evaluated(train), held_out)
         if self.labels_per_class is not None:
             keep = keep[take_per_class(train.targets[keep], self.labels_per_class, seed=self.seed)]
         if self.subset is not None:
@@ -174,7 +174,7 @@ class ImageData(LightningDataModule):
 
     def predict_dataloader(self) -> Any:
         """The test split where there is one, else validation, else training images, in order."""
-        return self._evaluation(self.test_set or self.val_set or _as_evaluated(self.train_set))
+        return self._evaluation(self.test_set or self.val_set or as_evaluated(self.train_set))
 
     def labelled_loaders(self, limit: int | None = None) -> tuple[Any, Any] | None:
         """Plain loaders over labelled training and validation samples, for evaluation on the side; None without.
@@ -225,7 +225,7 @@ class ImageData(LightningDataModule):
         Args:
             count: how many.
         """
-        dataset = self.val_set or _as_evaluated(self.train_set)
+        dataset = self.val_set or as_evaluated(self.train_set)
         count = min(count, len(dataset))
         return dataset.__getitems__([index * len(dataset) // count for index in range(count)])[0]
 
@@ -308,7 +308,7 @@ class _Part(Subset):
 
     def evaluation(self) -> "_Part":
         """The same samples without augmentation."""
-        return _Part(_as_evaluated(self.dataset), torch.tensor(self.indices, dtype=torch.long))
+        return _Part(as_evaluated(self.dataset), torch.tensor(self.indices, dtype=torch.long))
 
 
 def _labelled(dataset: Any, limit: int | None) -> _Part:
@@ -316,9 +316,9 @@ def _labelled(dataset: Any, limit: int | None) -> _Part:
     known = (dataset.targets >= 0).nonzero().flatten()
     if limit is not None and limit < len(known):
         known = known[torch.arange(limit) * len(known) // limit]
-    return _Part(_as_evaluated(dataset), known)
+    return _Part(as_evaluated(dataset), known)
 
 
-def _as_evaluated(dataset: Any) -> Any:
+def as_evaluated(dataset: Any) -> Any:
     """A data set that augments on the host offers its samples without it as `evaluation()`."""
     return dataset.evaluation() if hasattr(dataset, "evaluation") else dataset

@@ -2,3 +2,4 @@
 
 from baton.supervised.classification import Classification as Classification
 from baton.supervised.linear_probes import LinearProbes as LinearProbes
+from baton.supervised.segmentation import Segmentation as Segmentation
