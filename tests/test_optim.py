@@ -1,7 +1,9 @@
 """The optimiser claims to be the Wide ResNet code's, and the schedules to be what their formulas say."""
 
 import copy
+import dataclasses
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
+from baton import cli, handover
 from baton.backbones import create_backbone
 from baton.optim import LRScheduler, Optimizer
 from baton.supervised import Classification
@@ -205,6 +208,132 @@ def test_layer_decay_needs_groups():
     net = nn.Linear(2, 2)
     with pytest.raises(ValueError, match="layer_decay needs a backbone with a group_matcher"):
         Optimizer(layer_decay=0.7).build(net, net)
+
+
+# --------------------------------------------------------------------------------------------------------- overrides
+
+
+@pytest.mark.parametrize("layer_decay", [None, 0.7])
+@pytest.mark.parametrize("decay_all", [False, True])
+def test_overrides_change_what_they_name_and_nothing_else(layer_decay, decay_all):
+    net = Net()
+    plain = Optimizer("adamw", 1e-3, 0.05, decay_all=decay_all, layer_decay=layer_decay)
+    wanted = {
+        "*.bias": {"lr_factor": 0.5, "weight_decay": 0.01},
+        "blocks.0.*.bias": {"lr_factor": 3.0},  # on top of the first
+        "decoder.0.weight": {"weight_decay": 0.0},
+        "backbone.pos_embed": {"lr_factor": 0.1},
+    }
+    usual = by_name(net, plain.build(net, net.backbone))
+    optimizer = dataclasses.replace(plain, overrides=wanted).build(net, net.backbone)
+    groups = by_name(net, optimizer)
+    assert groups.keys() == usual.keys() == dict(net.named_parameters()).keys()
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(groups)
+    for name, group in groups.items():
+        rate, decay = usual[name]["lr"], usual[name]["weight_decay"]
+        if name.endswith(".bias"):
+            rate, decay = rate * (3.0 if name.startswith("backbone.blocks.0.") else 0.5), 0.01
+        decay = 0.0 if name == "decoder.0.weight" else decay
+        rate *= 0.1 if name == "backbone.pos_embed" else 1.0
+        assert group["lr"] == pytest.approx(rate, rel=1e-12), name
+        assert group["weight_decay"] == decay, name
+    assert len({id(group) for group in optimizer.param_groups}) == len(optimizer.param_groups)
+
+
+def test_without_overrides_groups_are_what_they_were():
+    """The order in which a checkpoint holds the optimiser's state: by group, in the order of the parameters."""
+    net = Net()
+    first, second = Optimizer("adamw", 1e-3, 0.05).build(net, net.backbone).param_groups
+    skip = {"backbone.pos_embed", "backbone.cls_token"}
+    parts = [], []
+    for name, parameter in net.named_parameters():
+        parts[parameter.ndim == 1 or name in skip].append(parameter)
+    for group, part, decay in zip((first, second), parts, (0.05, 0.0), strict=True):
+        assert all(a is b for a, b in zip(group["params"], part, strict=True))
+        assert (group["lr"], group["weight_decay"]) == (1e-3, decay)
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of")
+def test_schedules_keep_the_ratio_of_overridden_learning_rates():
+    net = Net()
+    optimizer = Optimizer("momentum", 0.4, overrides={"decoder.*": {"lr_factor": 0.25}}).build(net, net.backbone)
+    schedule = LRScheduler(name="cosine", warmup_epochs=1).build(optimizer, lambda: (4.0, 3.0))["scheduler"]
+    for _ in range(10):
+        groups = by_name(net, optimizer)
+        rates = groups["backbone.norm.weight"]["lr"], groups["decoder.0.weight"]["lr"]
+        assert rates[1] == pytest.approx(0.25 * rates[0], rel=1e-12)
+        schedule.step()
+
+
+def test_any_name_of_a_shared_parameter_counts():
+    net = Net()
+    net.second = nn.Module()
+    net.second.other = net.decoder[0].weight
+    optimizer = Optimizer(overrides={"second.*": {"lr_factor": 0.0}}).build(net, net.backbone)
+    (still,) = (group for group in optimizer.param_groups if group["lr"] == 0)
+    assert still["params"][0] is net.decoder[0].weight
+    assert len(still["params"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            {"*.log2_sigma": {"lr_factor": 0.1}},
+            r"optimizer.overrides\['\*.log2_sigma'\] matches no parameter that learns; such are backbone\.",
+        ),
+        ({"decoder.0.wieght": {"lr_factor": 0.1}}, r"matches no parameter that learns; such are .*decoder.0.weight"),
+        ({"backbone.norm.*": {"lr_factor": 0.1}}, r"'backbone.norm.\*'\] matches no parameter that learns"),
+        ({"*": {"lr": 0.1}}, r"overrides\['\*'\] sets 'lr'; it can set lr_factor and weight_decay"),
+        ({"*": {"lr_factor": -0.1}}, r"overrides\['\*'\] needs lr_factor of 0 or more, but has -0.1"),
+    ],
+)
+def test_overrides_that_mean_nothing_are_one_sentence(overrides, message):
+    net = Net()
+    net.backbone.norm.requires_grad_(False)
+    with pytest.raises(ValueError, match=message) as caught:
+        Optimizer(overrides=overrides).build(net, net.backbone)
+    assert "\n" not in str(caught.value)
+
+
+def test_overrides_from_recipe_and_command_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    recipe = {
+        "data": {"class_path": "Shapes", "init_args": {"size": 16, "length": 8, "val_length": 8, "test_length": 8}},
+        "model": {
+            "class_path": "Classification",
+            "init_args": {
+                **WRN,
+                "optimizer": {
+                    "name": "momentum", "lr": 0.1, "weight_decay": 0.001, "decay_all": True,
+                    "overrides": {"*.norms.*": {"lr_factor": 0.1, "weight_decay": 0}, "fc.bias": {"lr_factor": 2}},
+                },
+            },
+        },
+        "trainer": {"max_epochs": 1, "enable_progress_bar": False},
+        "run": {"wandb": False},
+    }  # fmt: skip
+    Path("recipe.yaml").write_text(yaml.safe_dump(recipe))
+
+    def groups(name, *arguments):
+        monkeypatch.setattr(sys, "argv", ["baton"])
+        code = cli.main(["fit", "--config", "recipe.yaml", "--run.name", name, *arguments])
+        if code:
+            return code
+        held = handover.load_checkpoint(Path("runs", name, "checkpoints/last.ckpt"))["optimizer_states"][0]
+        return [(group["lr"], group["weight_decay"], len(group["params"])) for group in held["param_groups"]]
+
+    count = len(list(create_backbone("wide_resnet", depth=10, width=1, num_classes=3).parameters()))
+    norms = sum(
+        1 for name, _ in create_backbone("wide_resnet", depth=10, width=1).named_parameters() if ".norms." in name
+    )
+    own = [(pytest.approx(0.01), 0, norms), (0.2, 0.001, 1)]
+    assert groups("first") == [(0.1, 0.001, count - norms - 1), *own]
+    second = groups("second", '--model.optimizer.overrides={"fc.*": {lr_factor: 0.5}}')
+    assert second == [(0.1, 0.001, count - 2), (0.05, 0.001, 2)]
+    assert groups("third", '--model.optimizer.overrides={"*.bn7.*": {lr_factor: 0.5}}') == 2
+    assert "optimizer.overrides['*.bn7.*'] matches no parameter that learns" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------------------ errors

@@ -1,14 +1,19 @@
 """How a task optimises: timm's optimisers by name, and learning-rate schedules counted in epochs as papers count."""
 
+import difflib
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import timm.optim
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
+
+#: What a pattern in `Optimizer.overrides` may set.
+_OWN = ("lr_factor", "weight_decay")
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,9 @@ class Optimizer:
         layer_decay: multiply the learning rate by this once for every layer group below the head (the backbone's
             `group_matcher` says what a group is).
         options: further arguments of the optimiser, such as `betas` or `eps`.
+        overrides: parameters of another treatment: patterns of their names, in the task or in the backbone, with
+            `lr_factor` (of the learning rate that they would have) or `weight_decay` (whatever the rules above say), or
+            both: `{"*.log2_sigma": {lr_factor: 0.1, weight_decay: 0}}`. Later patterns come on top of earlier ones.
     """
 
     name: str = "sgd"
@@ -34,15 +42,15 @@ class Optimizer:
     decay_all: bool = False
     layer_decay: float | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    overrides: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def build(self, module: nn.Module, backbone: nn.Module) -> torch.optim.Optimizer:
         """Build the optimiser over all parameters of `module` that learn; `backbone` is a part of it.
 
         Raises:
-            ValueError: if timm knows no optimiser of this name, or refuses an option.
+            ValueError: if timm knows no optimiser of this name, or refuses an option, or if `overrides` name no
+                parameter that learns or set what they cannot.
         """
-        import difflib
-
         known = timm.optim.list_optimizers()
         if self.name not in known:
             near = difflib.get_close_matches(self.name, map(str, known), 3) or ["see timm.optim.list_optimizers()"]
@@ -52,9 +60,10 @@ class Optimizer:
         options = dict(self.options)
         if timm.optim.get_optimizer_info(self.name).has_momentum:
             options["momentum"] = self.momentum
+        groups = _treat(self._groups(module, backbone), _treatments(module, self.overrides), self.lr)
         try:
             return timm.optim.create_optimizer_v2(
-                self._groups(module, backbone), self.name, lr=self.lr, weight_decay=self.weight_decay, **options
+                groups, self.name, lr=self.lr, weight_decay=self.weight_decay, **options
             )
         except (TypeError, ValueError) as error:
             raise ValueError(f"The optimiser {self.name!r} does not take these options: {error}.") from error
@@ -92,6 +101,53 @@ def _split_by_decay(
         (plain if left_out and not decay_all else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
+
+
+def _treatments(module: nn.Module, overrides: dict[str, dict[str, float]]) -> dict[nn.Parameter, dict[str, float]]:
+    """What is set for each parameter that a pattern names."""
+    named = [
+        (name, parameter)
+        for name, parameter in module.named_parameters(remove_duplicate=False)  # any name of a shared one counts
+        if parameter.requires_grad
+    ]
+    treatments: dict[nn.Parameter, dict[str, float]] = {}
+    for pattern, own in overrides.items():
+        for key, value in own.items():
+            if key not in _OWN:
+                raise ValueError(f"optimizer.overrides[{pattern!r}] sets {key!r}; it can set {' and '.join(_OWN)}.")
+            if not 0 <= value < math.inf:
+                raise ValueError(f"optimizer.overrides[{pattern!r}] needs {key} of 0 or more, but has {value}.")
+        found = [
+            parameter
+            for name, parameter in named
+            if fnmatchcase(name, pattern) or fnmatchcase(name.removeprefix("backbone."), pattern)
+        ]
+        if not found:
+            names = [name for name, _ in named]
+            near = difflib.get_close_matches(pattern, names, 3, cutoff=0.3) or names[:3]
+            raise ValueError(
+                f"optimizer.overrides[{pattern!r}] matches no parameter that learns; such are {', '.join(near)}."
+            )
+        for parameter in found:
+            treatments[parameter] = {**treatments.get(parameter, {}), **own}
+    return treatments
+
+
+def _treat(
+    groups: list[dict[str, Any]], treatments: dict[nn.Parameter, dict[str, float]], lr: float
+) -> list[dict[str, Any]]:
+    """Take the parameters of another treatment out of their groups, into groups of their own behind all others."""
+    kept: list[dict[str, Any]] = []
+    own: dict[Any, dict[str, Any]] = {}
+    for number, group in enumerate(groups):
+        kept.append({**group, "params": [parameter for parameter in group["params"] if parameter not in treatments]})
+        for parameter in group["params"]:
+            if parameter in treatments:
+                treatment = dict(treatments[parameter])
+                key = number, *sorted(treatment.items())
+                rate = group.get("lr", lr) * treatment.pop("lr_factor", 1.0)
+                own.setdefault(key, {**group, "lr": rate, **treatment, "params": []})["params"].append(parameter)
+    return [group for group in (*kept, *own.values()) if group["params"]]
 
 
 @dataclass(frozen=True)

@@ -20,15 +20,8 @@ import baton.distill
 import baton.ssl_tasks
 import baton.supervised
 from baton import handover
-from baton.callbacks import (  # noqa: F401 (short names)
-    DiracScales,
-    OnlineKNN,
-    OnlineLinearProbe,
-    Pictures,
-    ProgressBar,
-    TestOnTrainingImages,
-    TestOnWholeImages,
-)
+from baton.callbacks import Pictures, ProgressBar  # with these, the short names of all
+from baton.callbacks.drawing import Drawing
 from baton.callbacks.predictions import PredictionWriter
 from baton.data.images import ImageData
 from baton.mistakes import check_recipes, explain
@@ -230,7 +223,7 @@ class BatonCLI(LightningCLI):
         if self.subcommand == "predict":
             return [*callbacks, PredictionWriter(str(self.run.path / "predictions"))]
         for callback in own:
-            if isinstance(callback, Pictures | DiracScales):
+            if isinstance(callback, Pictures | Drawing):
                 callback.folder = callback.folder or str(self.run.path / "pictures")
         if not any(isinstance(callback, Pictures) for callback in own):
             callbacks.append(Pictures(folder=str(self.run.path / "pictures")))

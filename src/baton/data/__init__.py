@@ -12,3 +12,4 @@ from baton.data.shapes import Shapes as Shapes
 from baton.data.shapes_masks import ShapesMasks as ShapesMasks
 from baton.data.stl10 import STL10 as STL10
 from baton.data.svhn import SVHN as SVHN
+from baton.data.voc_segmentation import VOCSegmentation as VOCSegmentation

@@ -16,6 +16,8 @@ from baton.layers.jet_convolution import jet_convolution, toeplitz
 EVALUATIONS = ("auto", "filters", "separable")
 #: By how much a scale may grow between two looks at an accelerator before its filters are cut off.
 _HEADROOM = 1.2
+#: Parts of an octave in which compiled graphs know a scale.
+_OCTAVE = 1024
 
 
 class NJetConv2d(nn.Module):
@@ -33,7 +35,8 @@ class NJetConv2d(nn.Module):
     them, and its cost does not grow with σ (see `jet_convolution`). `auto` chooses by cost.
 
     σ is read at every call where that is free, on the CPU. On an accelerator, and in compiled graphs, filters are made
-    with some room around them, so that the same values come out without a look at σ (see `HostValue`).
+    with some room around them, so that the same values come out without a look at σ (see `HostValue`). A compiled graph
+    knows σ as it was when the mode was last set or `refresh` called, and is made anew when the room has changed since.
 
     Where paper and published code disagree: the paper's filter has 2 ⌈kσ⌉ + 1 pixels, the code's 2 ⌈kσ + 1/2⌉ + 1
     (`size_rule`). The code draws α from N(0, 1) whatever the fan-in, which needs a BatchNorm behind it:
@@ -132,7 +135,9 @@ class NJetConv2d(nn.Module):
     @property
     def host_sigma(self) -> float:
         """The smallest scale as the host knows it, in pixels: the finest detail that the layer lets through."""
-        if self.log2_sigma.device.type == "cpu" and not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            return 2.0 ** (self._seen_octaves / _OCTAVE)
+        if self.log2_sigma.device.type == "cpu":
             self.refresh()
         return 2.0 ** min(self._host_sigma.values)
 
@@ -145,6 +150,9 @@ class NJetConv2d(nn.Module):
     def refresh(self) -> None:
         """Look at the scales, waiting for the device: after they were set by hand."""
         self._host_sigma.look(self.log2_sigma)
+        # Graphs are compiled for whole numbers that a module holds, but take its fractions for data.
+        self._seen_exact, self._seen_roomy = self._reach(exact=True), self._reach(exact=False)
+        self._seen_octaves = round(min(self._host_sigma.values) * _OCTAVE)
 
     def train(self, mode: bool = True) -> "NJetConv2d":
         """Set the mode, and look at the scales."""
@@ -169,7 +177,7 @@ class NJetConv2d(nn.Module):
             raise ValueError(f"Expected {self.in_channels} channels, but got a map of shape {tuple(x.shape)}.")
         self._host_sigma.follow(self.log2_sigma)
         valid = self.padding == "valid"
-        if valid and self.log2_sigma.device.type != "cpu":
+        if valid and self.log2_sigma.device.type != "cpu" and not torch.compiler.is_compiling():
             self.refresh()  # the shape of the output depends on it
         reach = self._reach(exact=valid or (x.device.type == "cpu" and not torch.compiler.is_compiling()))
         if valid and min(x.shape[2:]) <= 2 * reach:
@@ -208,6 +216,8 @@ class NJetConv2d(nn.Module):
 
     def _reach(self, exact: bool) -> int:
         """Taps from the centre to the border that the filters have, or at most have."""
+        if torch.compiler.is_compiling():
+            return self._seen_exact if exact else self._seen_roomy
         sigma = 2.0 ** max(self._host_sigma.values) * (1.0 if exact else _HEADROOM)
         return int(half_sizes(torch.tensor(sigma, dtype=torch.float64, device="cpu"), self.extent, self.size_rule))
 
