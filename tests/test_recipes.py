@@ -282,7 +282,10 @@ def test_rows_of_a_table_train_equally_long_and_their_networks_are_different(cha
     assert all(networks.count(network) == 1 for network in networks)
 
 
-@pytest.mark.parametrize("chain", ["wrn_table_5_2", "wrn_table_5_3", "wrn_table_5_7", *PLAIN[1:]])
+NJET_UNETS = ["njet_fashion_scale", "njet_receptive_field"]
+
+
+@pytest.mark.parametrize("chain", ["wrn_table_5_2", "wrn_table_5_3", "wrn_table_5_7", *PLAIN[1:], *NJET_UNETS])
 def test_a_scaled_sibling_has_all_rows(chain):
     full, small = chain_of(chain), chain_of(f"{chain}_small")
     assert list(small.stages) == list(full.stages)
@@ -375,3 +378,13 @@ def test_pixels_of_house_numbers_are_not_normalised():
     for stage in chain_of("wrn_table_5_6").stages.values():
         statistics = [list(backbone_of(stage).pretrained_cfg[name]) for name in ("mean", "std")]
         assert (statistics == [[0, 0, 0], [1, 1, 1]]) == (stage.recipe.name == "wrn_svhn.yaml")
+
+
+
+@pytest.mark.parametrize("end", ["", "_small"])
+def test_receptive_fields_are_what_their_labels_say(end):
+    chain = chain_of(f"njet_receptive_field{end}")
+    labels = {stage: re.search(r"sees (\d+)", label) for label, stage in chain.table.rows.items()}
+    told = {stage: int(seen[1]) for stage, seen in labels.items() if seen}
+    assert told == {stage: backbone_of(chain.stages[stage]).receptive_field() for stage in told}
+    assert len(told) == 7

@@ -18,6 +18,7 @@ from baton import handover
 from baton.backbones import create_backbone
 from baton.data.images import Batch
 from baton.freezing import modules_to_freeze
+from baton.layers.njet import njet_layers
 from baton.optim import LRScheduler, Optimizer, keep_equal_values
 from baton.random_state import fixed_randomness, gather_random_state, set_random_state
 
@@ -216,7 +217,9 @@ class Task(LightningModule):
             torch.manual_seed(torch.initial_seed() + self.global_rank)
 
     def on_train_epoch_start(self) -> None:
-        """Forget the optimiser's momentum where the schedule says so."""
+        """Forget the optimiser's momentum where the schedule says so; look at the scales of N-Jet layers."""
+        for _, layer in njet_layers(self):
+            layer.refresh()
         if self.lr_scheduler.resets_in(self.current_epoch):
             self.trainer.optimizers[0].state.clear()
 
@@ -350,13 +353,10 @@ class Task(LightningModule):
 
     def _read_window(self) -> list[tuple[int, dict[str, float]]]:
         """Read the losses since the last log, means over all processes: the one synchronisation with the device."""
-        names = list(self._window[0][1])
+        names, steps = list(self._window[0][1]), [step for step, _ in self._window]
         table = torch.stack([torch.stack([losses[name].float() for name in names]) for _, losses in self._window])
         table = self.trainer.strategy.reduce(table, reduce_op="mean").cpu()
-        rows = [
-            (step, dict(zip(names, row, strict=True)))
-            for (step, _), row in zip(self._window, table.tolist(), strict=True)
-        ]
+        rows = [(step, dict(zip(names, row, strict=True))) for step, row in zip(steps, table.tolist(), strict=True)]
         for step, row in rows:
             if not math.isfinite(row["loss"]):
                 raise ValueError(

@@ -60,3 +60,23 @@ def test_a_file_cut_short_is_named(written):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"FashionMNIST needs .*train-images-idx3-ubyte, which is missing"):
         FashionMNIST(str(tmp_path)).setup()
+
+
+def test_images_are_resized_after_padding(written):
+    root, pixels = written
+    data = MNIST(str(root), pad=2, size=48)
+    data.setup()
+    padded = torch.nn.functional.pad(pixels[:8], [2] * 4)[:, None].float()
+    expected = torch.nn.functional.interpolate(padded, (48, 48), mode="bilinear")  # enlarging has no aliases
+    assert data.train_set.images.shape == (8, 1, 48, 48)
+    assert (data.train_set.images.float() - expected).abs().max() <= 0.51
+    with pytest.raises(ValueError, match="size must be at least 1 pixel, got 0"):
+        MNIST(size=0)
+
+
+def test_images_made_smaller_are_averages(written):
+    root, pixels = written
+    data = FashionMNIST(str(root), size=1)
+    data.setup()
+    mean = pixels[:8].float().mean((1, 2))
+    assert (data.train_set.images[:, 0, 0, 0].float() - mean).abs().max() < 20  # weights fall towards the border

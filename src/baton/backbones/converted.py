@@ -91,14 +91,13 @@ default_cfgs = generate_default_cfgs({"converted": {"first_conv": None, "classif
 @register_model
 def converted(pretrained: bool = False, pretrained_cfg: Any = None, **kwargs: Any) -> nn.Module:
     """Any network with N-Jet or Dirac layers, see `convert_backbone`: ResNet-18 with N-Jet layers by default."""
-    described = [
-        kwargs.get(name, default) for name, default in (("base", "resnet18"), ("layer", "njet"), ("where", None))
-    ]
+    described: dict[str, Any] = {"base": "resnet18", "layer": "njet", "where": None}
+    described = {name: kwargs.get(name, default) for name, default in described.items()}
     options: dict[str, Any] = {"feature_cfg": {"feature_cls": "getter", "out_indices": None}, **kwargs}
     return build_model_with_cfg(
         convert_backbone,
         "converted",
         pretrained,
-        pretrained_cfg=pretrained_cfg or _configuration(*described),
+        pretrained_cfg=pretrained_cfg or _configuration(**described),
         **options,
     )

@@ -13,8 +13,6 @@ from baton.layers.subsampling import SafeSubsample, SubsampledNJet
 class Jets:
     """Makes the N-Jet layers of a network, one after the other, in place of its spatial convolutions.
 
-    As published, layers are followed by BatchNorm, and their weights α start as N(0, 1) whatever the fan-in.
-
     Args:
         count: how many layers the network has.
         order: largest order of a derivative.
@@ -24,7 +22,9 @@ class Jets:
         size_rule: `paper` or `code`, see `NJetConv2d`.
         evaluation: `auto`, `filters` or `separable`.
         sigma_groups: scales in each layer; it must divide every layer's filters.
-        init_std: standard deviation of α at the start.
+        init_std: standard deviation of the weights α at the start: 1 in the published code, whose layers are followed
+            by BatchNorm; `auto` keeps the variance of white noise (see `NJetConv2d`), as a deep network needs, whose
+            maps would else overflow in evaluation mode as long as BatchNorm has not seen any.
         r: of safe subsampling, the scale at which a map is halved (see `SafeSubsample`).
         rule: of safe subsampling, `paper` or `code`.
         mode: of safe subsampling, how maps are interpolated.
@@ -43,7 +43,7 @@ class Jets:
         size_rule: str = "paper",
         evaluation: str = "auto",
         sigma_groups: int = 1,
-        init_std: float = 1.0,
+        init_std: float | str = "auto",
         r: float = 4.0,
         rule: str = "paper",
         mode: str = "nearest",
@@ -61,7 +61,7 @@ class Jets:
             "size_rule": size_rule,
             "evaluation": evaluation,
             "sigma_groups": sigma_groups,
-            "init_std": init_std,
+            "init_std": checked_std(init_std),
         }
         self._subsample = partial(SafeSubsample, r, rule, mode)
         self._subsample()  # refuses what it cannot do, whether it is needed or not
@@ -91,6 +91,19 @@ class Jets:
         options = {**self._options, **placed, "sigma": float(next(self._sigmas))}
         conv = NJetConv2d(in_channels, out_channels, stride=step, bias=bias, **options)
         return SubsampledNJet(conv, self._subsample()) if subsampled else conv
+
+
+def checked_std(init_std: float | str) -> float | None:
+    """The layers' `init_std`: None for `auto`, which timm would not let through.
+
+    Raises:
+        ValueError: for another word, or a number below 0.
+    """
+    if init_std == "auto":
+        return None
+    if isinstance(init_std, str) or init_std < 0:
+        raise ValueError(f"Expected init_std 'auto', or a number of 0 or more, but got {init_std!r}.")
+    return float(init_std)
 
 
 def check_subsample(given: str, known: Sequence[str]) -> None:

@@ -40,7 +40,8 @@ class NJetAllCNN(PlainNetwork):
         global_pool: timm's pooling type, or `map6`; `""` keeps the map and needs `num_classes=0`.
         device: where the parameters are made.
         dtype: type of the parameters.
-        **jets: options of the seven N-Jet layers, see `Jets`; their order is 3 unless it is given.
+        **jets: options of the seven N-Jet layers, see `Jets`; their order is 3 and `init_std` is 1 unless they are
+            given.
 
     Raises:
         ValueError: for what cannot be built.
@@ -70,7 +71,7 @@ class NJetAllCNN(PlainNetwork):
             "stage2": [Conv(96, stride=stride), nn.Dropout(drop_rate), Conv(192), Conv(192)],
             "stage3": [Conv(192, stride=stride), nn.Dropout(drop_rate), Conv(192), Conv(192, 1)],
         }
-        make = partial(Jets(7, **{"order": 3, **jets}), subsampled=subsample == "safe")
+        make = partial(Jets(7, **{"order": 3, "init_std": 1.0, **jets}), subsampled=subsample == "safe")
         channels = self._add_stages(stages, in_chans, width, True, make, device=device, dtype=dtype)
         self._finish(channels, num_classes, global_pool)
 

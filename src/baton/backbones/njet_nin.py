@@ -103,7 +103,7 @@ class NJetNIN(_BaselineNIN):
         global_pool: timm's pooling type, or `map8`; `""` keeps the map and needs `num_classes=0`.
         device: where the parameters are made.
         dtype: type of the parameters.
-        **jets: options of the three N-Jet layers, see `Jets`.
+        **jets: options of the three N-Jet layers, see `Jets`; their `init_std` is 1 unless it is given.
 
     Raises:
         ValueError: for what cannot be built.
@@ -123,7 +123,7 @@ class NJetNIN(_BaselineNIN):
     ) -> None:
         super().__init__()
         check_subsample(subsample, ("safe", "pool", "none"))
-        make = partial(Jets(3, **jets), subsampled=subsample == "safe")
+        make = partial(Jets(3, **{"init_std": 1.0, **jets}), subsampled=subsample == "safe")
         rest = {"num_classes": num_classes, "in_chans": in_chans, "global_pool": global_pool}
         self._build((5, 5, 3), subsample == "pool", width, drop_rate, make, device=device, dtype=dtype, **rest)
 

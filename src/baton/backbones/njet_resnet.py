@@ -18,7 +18,8 @@ bottlenecks (whose 3×3 convolution alone becomes an N-Jet layer). Ours are basi
     "bottleneck"  "B"        2                            1,413,761
                              3                            1,801,025
 
-N-Jet weights start as N(0, 1), as in the published code of `njet_nin`; everything else as in `resnet_cifar`.
+N-Jet weights start so that white noise keeps its variance (the published code of `njet_nin` draws them from N(0, 1),
+with which the maps of a fresh ResNet-110 overflow in evaluation mode); everything else is as in `resnet_cifar`.
 """
 
 from typing import Any
@@ -77,6 +78,10 @@ class ResizedShortcut(nn.Module):
 class ShrinkingBlock(BasicBlock):
     """timm's basic block, whose shortcut follows the side that its convolutions leave."""
 
+    conv1: Any
+    conv2: Any
+    downsample: Any
+
     def forward(
         self, x: Float[Tensor, "batch in_channels height width"]
     ) -> Float[Tensor, "batch out_channels out_height out_width"]:
@@ -106,6 +111,8 @@ class NJetResNet(CIFARResNet):
         ValueError: for what cannot be built.
     """
 
+    conv1: Any
+
     def __init__(
         self,
         depth: int = 32,
@@ -129,7 +136,7 @@ class NJetResNet(CIFARResNet):
         names = ("conv1", "conv2") if block == "basic" else ("conv2",)
         stages = [getattr(self, name) for name in self.stage_names]
         make = Jets(1 + len(names) * sum(map(len, stages)), **{"order": 3, **jets})
-        self.conv1: nn.Module = _like(self.conv1, make)
+        self.conv1 = _like(self.conv1, make)
         reduction = 1.0
         for stage, info in zip(stages, self.feature_info, strict=True):
             for index, old in enumerate(stage):

@@ -76,7 +76,8 @@ class PlainNetwork(StagedNetwork):
         Returns:
             The channels of the last stage.
         """
-        channels, reduction = in_chans, 1
+        channels = in_chans
+        reduction: Any = 1  # a whole number, unless scales choose the side
         rows: list[nn.Module] = []
         self.stage_names, self.feature_info = tuple(stages), []
         for name, row in stages.items():

@@ -4,6 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from jaxtyping import UInt8
+from torch import Tensor
 from torchvision import datasets
 from torchvision.datasets.mnist import read_image_file, read_label_file
 
@@ -17,17 +20,20 @@ class MNIST(ImageData):
     Args:
         root: folder that holds `MNIST/raw` (or receives it).
         pad: black pixels added on each side; 2 makes the images 32 x 32.
+        size: side to which images are resized after that (bilinear, antialiased), in pixels; None leaves them.
         kwargs: see `ImageData`.
     """
 
     source: type[datasets.MNIST] = datasets.MNIST
     classes = [str(digit) for digit in range(10)]
 
-    def __init__(self, root: str = "data", pad: int = 0, **kwargs: Any) -> None:
+    def __init__(self, root: str = "data", pad: int = 0, size: int | None = None, **kwargs: Any) -> None:
         super().__init__(root=root, **kwargs)
         if pad < 0:
             raise ValueError(f"pad must be at least 0, got {pad}.")
-        self.pad = pad
+        if size is not None and size < 1:
+            raise ValueError(f"size must be at least 1 pixel, got {size}.")
+        self.pad, self.size = pad, size
 
     def prepare_data(self) -> None:
         """Download and unpack the four files where they are missing."""
@@ -57,7 +63,8 @@ class MNIST(ImageData):
         )
         if len(images) != len(targets):
             raise ValueError(damaged(name, self.root / names[0]))
-        return ArraySet(torch.nn.functional.pad(images, [self.pad] * 4)[:, None], targets)
+        images = F.pad(images, [self.pad] * 4)[:, None]
+        return ArraySet(images if self.size is None else _resized(images, self.size), targets)
 
     def _parse(self, path: Path, read: Any) -> torch.Tensor:
         try:
@@ -66,12 +73,21 @@ class MNIST(ImageData):
             raise ValueError(damaged(type(self).__name__, path)) from None
 
 
+def _resized(images: UInt8[Tensor, "n 1 h w"], size: int) -> UInt8[Tensor, "n 1 size size"]:
+    resized = images.new_empty(len(images), 1, size, size)
+    for part, out in zip(images.split(4096), resized.split(4096), strict=True):  # as floats they are four times as large
+        enlarged = F.interpolate(part.float(), (size, size), mode="bilinear", antialias=True)
+        out.copy_(enlarged.round_().clamp_(0, 255))
+    return resized
+
+
 class FashionMNIST(MNIST):
     """Fashion-MNIST: ten kinds of clothing; otherwise as `MNIST`.
 
     Args:
         root: folder that holds `FashionMNIST/raw` (or receives it).
         pad: black pixels added on each side.
+        size: side to which images are resized after that, in pixels.
         kwargs: see `ImageData`.
     """
 
