@@ -1,7 +1,5 @@
 """How a network's N-Jet layers are built: scales in turn, what is handed on, what is refused."""
 
-import math
-
 import pytest
 import torch
 
@@ -32,12 +30,10 @@ def test_every_option_reaches_the_layer():
     assert not made.log2_sigma.requires_grad
 
 
-def test_without_a_number_weights_keep_the_variance_of_white_noise():
+def test_without_a_number_weights_are_drawn_as_layers_draw_them():
     torch.manual_seed(0)
     made, other = Jets(1)(64, 64), NJetConv2d(64, 64, 2)
     assert made.weight.std().item() == pytest.approx(other.weight.std().item(), rel=0.02)
-    y = made(torch.randn(8, 64, 32, 32)).relu()
-    assert math.isclose(y.square().mean().item(), 1, rel_tol=0.2)
 
 
 def test_a_subsampling_layer_has_no_stride():

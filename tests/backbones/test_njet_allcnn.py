@@ -6,12 +6,12 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from jet_by_hand import convolved, normed, shrunk
 from torch import nn
 
 import baton  # noqa: F401
 from baton.layers import SubsampledNJet
 from baton.layers.njet import njet_layers
+from jet_by_hand import convolved, normed, shrunk
 
 #: Channels of the N-Jet layers; a 1×1 convolution to 192 follows.
 WIDTHS = (96, 96, 96, 192, 192, 192, 192)

@@ -6,12 +6,12 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from jet_by_hand import convolved, normed, shrunk
 from torch import nn
 
 import baton  # noqa: F401
 from baton.backbones import create_backbone
 from baton.layers.njet import njet_layers
+from jet_by_hand import convolved, normed, shrunk
 
 LAYOUT = [(5, 192), (1, 160), (1, 96), (5, 192), (1, 192), (1, 192), (3, 192), (1, 192)]  # kernel, channels
 

@@ -4,12 +4,12 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from jet_by_hand import convolved, normed, shrunk
 from torch import nn
 
 import baton  # noqa: F401
 from baton.backbones.njet_resnet import ResizedShortcut, ShrinkingBlock
 from baton.layers.njet import njet_layers
+from jet_by_hand import convolved, normed, shrunk
 
 
 def meta(name, **kwargs):
