@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from baton.handover import Source, build_backbone, load_weights, read_source, write_model
+from baton.layers.folding import plain_convolutions
 from baton.option_names import nearest
 
 OPSET = 18  # the one torch.onnx writes without converting
@@ -106,7 +107,7 @@ def export_onnx(source: Source, backbone: nn.Module, file: Path, size: int | Non
     """Write an ONNX file and compare it with PyTorch before it gets its name.
 
     The graph takes `images`, RGB in [0, 1] of (batch, 3, height, width), and normalises them itself. The batch is
-    free; height and width are where the network allows it.
+    free; height and width are where the network allows it. Dirac and N-Jet layers are there as plain convolutions.
 
     Args:
         source: where the network comes from.
@@ -123,6 +124,7 @@ def export_onnx(source: Source, backbone: nn.Module, file: Path, size: int | Non
     config: dict[str, Any] = dict(getattr(backbone, "pretrained_cfg", {}))
     size = size or _training_size(source) or config["input_size"][-1]
     network = Normalised(backbone, config["mean"], config["std"]).eval()
+    exported = plain_convolutions(network)
     channels = int(source.backbone_kwargs.get("in_chans", 3))
     metadata = _metadata(source, config)
     partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
@@ -130,7 +132,7 @@ def export_onnx(source: Source, backbone: nn.Module, file: Path, size: int | Non
     try:
         for free_size in (True, False):
             try:
-                _write_graph(network, torch.rand(2, channels, size, size), partial, free_size, metadata)
+                _write_graph(exported, torch.rand(2, channels, size, size), partial, free_size, metadata)
                 shapes = [(1, channels, size, size), (5, channels, size, size)]
                 shapes += [(3, channels, size + 32, size + 64)] if free_size else []
                 difference, relative = _compare(network, partial, shapes)
