@@ -380,7 +380,6 @@ def test_pixels_of_house_numbers_are_not_normalised():
         assert (statistics == [[0, 0, 0], [1, 1, 1]]) == (stage.recipe.name == "wrn_svhn.yaml")
 
 
-
 @pytest.mark.parametrize("end", ["", "_small"])
 def test_receptive_fields_are_what_their_labels_say(end):
     chain = chain_of(f"njet_receptive_field{end}")

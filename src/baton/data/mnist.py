@@ -75,7 +75,9 @@ class MNIST(ImageData):
 
 def _resized(images: UInt8[Tensor, "n 1 h w"], size: int) -> UInt8[Tensor, "n 1 size size"]:
     resized = images.new_empty(len(images), 1, size, size)
-    for part, out in zip(images.split(4096), resized.split(4096), strict=True):  # as floats they are four times as large
+    for part, out in zip(
+        images.split(4096), resized.split(4096), strict=True
+    ):  # as floats they are four times as large
         enlarged = F.interpolate(part.float(), (size, size), mode="bilinear", antialias=True)
         out.copy_(enlarged.round_().clamp_(0, 255))
     return resized
