@@ -68,11 +68,12 @@ def test_arguments_read_back_as_yaml(value):
     assert yaml.safe_load(as_argument(value)) == value or float(as_argument(value)) == value
 
 
-def test_a_decoder_is_passed_on(chain):
-    Path("demo.yaml").write_text(CHAIN.replace("teacher: teacher}", "decoder_from: pretrain}"))
+@pytest.mark.parametrize("link", ["decoder_from", "trunk_from"])
+def test_a_decoder_or_trunk_is_passed_on(link, chain):
+    Path("demo.yaml").write_text(CHAIN.replace("teacher: teacher}", f"{link}: pretrain}}"))
     student = plan(read_chain("demo.yaml"), "some runs")[2]
     assert student.stage.name == "student"
-    assert student.argv[-2:] == ["--model.init_args.decoder_from", "some runs/demo/pretrain/seed_0"]
+    assert student.argv[-2:] == [f"--model.init_args.{link}", "some runs/demo/pretrain/seed_0"]
 
 
 def test_select_takes_parents_along(chain):

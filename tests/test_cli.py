@@ -68,7 +68,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
             ["fit", "--help"],
             0,
             "tasks (--model): Autoresolution, Classification, Denoising, Distillation, LinearProbes, Reconstruction, "
-            "SplitBrain",
+            "Segmentation, SplitBrain",
         ),
         (["predict", "-h"], 0, "usage: baton predict"),
         (["list"], 0, "baton list backbones"),

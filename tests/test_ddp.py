@@ -37,6 +37,10 @@ TASKS = {
         "--model.bins=[10, 4]", "--model.size=4",
     ],
     "LinearProbes": ["--model.max_features=600"],
+    "Segmentation": [
+        "--model.class_weights=inverse_frequency", "--model.per_class=true", "--model.backbone=njet_unet",
+        "--model.backbone_kwargs={norm: false, width: 4}",
+    ],
     # every term at once; TEACHER stands for a folder
     "Distillation": [
         "--model.teacher=TEACHER", "--model.backbone=nin", "--model.backbone_kwargs={norm: false, width: 0.1}",
@@ -44,6 +48,7 @@ TASKS = {
         "--model.symmetry_weight=0.01", "--model.gradient_penalty_weight=0.01", "--model.final={at: 0.0}",
     ],
 }  # fmt: skip
+DATA = {"Segmentation": "ShapesMasks"}
 NORM_FREE = ["--model.backbone=test_vit", "--model.backbone_kwargs={img_size: 32}"]
 TWO = ["--trainer.devices=2", "--trainer.strategy=ddp"]
 UNUSED = ["--trainer.devices=2", "--trainer.strategy=ddp_find_unused_parameters_true"]
@@ -81,7 +86,8 @@ class Draw(pl.Callback):
 def argv(root: Path, *more: str, task: str = "Classification", name: str = "r") -> list[str]:
     return [
         sys.executable, "-m", "baton", "fit", f"--model={task}", "--model.optimizer={name: momentum, lr: 0.02}",
-        "--data=Shapes", "--data.size=32", "--data.length=32", "--data.val_length=21", "--data.test_length=13",
+        f"--data={DATA.get(task, 'Shapes')}",
+        "--data.size=32", "--data.length=32", "--data.val_length=21", "--data.test_length=13",
         "--data.crop_padding=0", "--data.flip=false",
         "--trainer.max_epochs=2", "--trainer.accelerator=cpu", "--trainer.log_every_n_steps=3",
         "--trainer.enable_progress_bar=false",

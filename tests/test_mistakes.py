@@ -157,6 +157,40 @@ def test_linear_probes_on_the_command_line(option: str, said: str, capsys: pytes
     assert said in complaint(["fit", "--model=LinearProbes", *CLASSIFY[1:], *SHAPES, *BRIEF, option], capsys)
 
 
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("--model.class_weights=invers", "--model.class_weights must be"),
+        (
+            "--model.class_weights=[1, 2]",
+            "model.class_weights must be 11 numbers of at least 0 (one a class), not all 0",
+        ),
+        ("--model.class_weight=none", "not an option of Segmentation; the nearest is --model.class_weights."),
+        (
+            "--data=Shapes",
+            "Segmentation needs a mask for every image, and Shapes has none: use data with masks, such as",
+        ),
+        (
+            "--model.backbone_kwargs.global_pool=map4",
+            "whose classifier can score one cell of the last map, but that of",
+        ),
+        (
+            "--model.trunk_from=nowhere",
+            "model.trunk_from starts the trunk of a fresh backbone, but wide_resnet has none",
+        ),
+        ("--model.num_classes=3", "model.num_classes=3 is too few: the data have 11 classes."),
+    ],
+)
+def test_segmentation_on_the_command_line(option: str, said: str, capsys: pytest.CaptureFixture) -> None:
+    masks = ["--data=ShapesMasks", *SHAPES[1:]]
+    assert said in complaint(["fit", "--model=Segmentation", *CLASSIFY[1:], *masks, *BRIEF, option], capsys)
+
+
+def test_classification_of_masks_on_the_command_line(capsys: pytest.CaptureFixture) -> None:
+    said = complaint(["fit", *CLASSIFY, "--data=ShapesMasks", *SHAPES[1:], *BRIEF], capsys)
+    assert "Classification needs a class for every sample, but 32 of 32 in the train split have none" in said
+
+
 DISTILL = ["fit", "--model=Distillation", *CLASSIFY[1:], "--model.at_weight=1", *SHAPES, *BRIEF]
 PAIR = "must be pairs of a path in the student and one in the teacher, such as [[group1, group1]], but got "
 LEARNING = [

@@ -363,6 +363,11 @@ def test_values_of_the_schedules():
         naive = 0.1 + 0.9 * (1 + math.cos(math.pi * (epoch - 2.5) / 9.5)) / 2
         assert cosine.multiplier(epoch, 12) == pytest.approx(naive, abs=1e-12)
     assert cosine.multiplier(13, 12) == pytest.approx(0.1)
+    poly = LRScheduler(name="poly", power=0.7, final=0.1, warmup_epochs=2.5)
+    assert poly.multiplier(1.0, 12) == pytest.approx(1 / 2.5)
+    for epoch in [2.5, 3.0, 7.25, 11.99, 12.0]:
+        assert poly.multiplier(epoch, 12) == pytest.approx(0.1 + 0.9 * ((12 - epoch) / 9.5) ** 0.7, abs=1e-12)
+    assert poly.multiplier(13, 12) == pytest.approx(0.1)
     rmsprop = LRScheduler(name="exponential", factor=0.94, every=2)
     assert [rmsprop.multiplier(epoch, 9) for epoch in range(6)] == pytest.approx(
         [1, 1, 0.94, 0.94, 0.94**2, 0.94**2], rel=1e-12
@@ -394,6 +399,25 @@ def test_cosine_ends_where_max_steps_ends():
     rows = fit(task, Arrays(20, batch_size=4), -1, max_steps=7, callbacks=[watch], log_every_n_steps=1)
     assert lrs(watch) == pytest.approx([0.05 * (1 + math.cos(math.pi * step / 7)) for step in range(7)], abs=1e-12)
     assert rows.column("lr") == lrs(watch)
+
+
+def test_poly_falls_at_every_step_as_deeplabs():
+    steps, watch = 9, Watch()
+    task = classification(scheduler=LRScheduler(name="poly"))
+    fit(task, Arrays(20, batch_size=4), -1, max_steps=steps, callbacks=[watch])
+    assert lrs(watch) == pytest.approx([0.1 * (1 - step / steps) ** 0.9 for step in range(steps)], abs=1e-12)
+
+
+def test_poly_continues_where_it_was(tmp_path):
+    def run(**kwargs):
+        watch = Watch()
+        task = classification(scheduler=LRScheduler(name="poly"))
+        saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+        fit(task, Arrays(20, batch_size=4), 2, callbacks=[watch, saver], enable_checkpointing=True, **kwargs)
+        return lrs(watch)
+
+    whole = run()
+    assert run(ckpt_path=tmp_path / "step=4.ckpt") == whole[4:]
 
 
 def test_steps_count_epochs_also_with_accumulation():

@@ -31,12 +31,18 @@ TASKS = {
         "--model.backbone_kwargs={base: wide_resnet, base_kwargs: {depth: 10, width: 1, drop_rate: 0.3}}",
     ],
     "linear_probes": ["--model", "LinearProbes", "--model.max_features=600"],
+    "segmentation": [
+        "--model", "Segmentation", "--model.class_weights=inverse_frequency", "--model.backbone=njet_unet",
+        "--model.backbone_kwargs={width: 4, drop_rate: 0.3, norm: true}",
+    ],
     "distillation": [  # TEACHER stands for a folder
         "--model", "Distillation", "--model.teacher=TEACHER", "--model.kd_weight=0.9", "--model.at_weight=100",
         "--model.hint_weight=0.1", "--model.gradient_penalty_weight=0.001", "--model.start_epoch={hint: 2}",
         "--model.final={at: 0.0}",
     ],
 }  # fmt: skip
+
+DATA = {"segmentation": "ShapesMasks"}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -50,7 +56,8 @@ def command(task: str, root: Path, *more: str) -> list[str]:
         "fit", "--model.backbone=wide_resnet", "--model.backbone_kwargs={depth: 10, width: 1, drop_rate: 0.3}",
         *TASKS[task],
         "--model.optimizer.lr=0.05", "--model.lr_scheduler={name: cosine, warmup_epochs: 1.0}",
-        "--data=Shapes", "--data.size=16", "--data.length=60", "--data.val_length=12", "--data.test_length=12",
+        f"--data={DATA.get(task, 'Shapes')}",
+        "--data.size=16", "--data.length=60", "--data.val_length=12", "--data.test_length=12",
         "--data.batch_size=8",
         "--trainer.max_epochs=3", "--trainer.log_every_n_steps=3", "--trainer.enable_progress_bar=false",
         "--trainer.callbacks+=lightning.pytorch.callbacks.EMAWeightAveraging", "--trainer.callbacks.decay=0.9",

@@ -14,9 +14,9 @@ from baton.handover import read_source, write_model
 from baton.optim import LRScheduler, Optimizer
 from baton.random_state import fixed_randomness
 from baton.ssl_tasks import Autoresolution, Denoising, Reconstruction, SplitBrain
-from baton.supervised import Classification, LinearProbes
+from baton.supervised import Classification, LinearProbes, Segmentation
 from baton.task import Task
-from tiny import WRN, Arrays, Rows, fit, hand_over, same, state, trainer
+from tiny import WRN, Arrays, MaskArrays, Rows, fit, hand_over, same, state, trainer
 
 
 class Numbered(Task):
@@ -124,6 +124,7 @@ SYNCHRONISING = ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__flo
         "locating",
         "split_brain",
         "linear_probes",
+        "segmentation",
         "reconstruction",
         "distillation",
     ],
@@ -159,6 +160,7 @@ def test_no_step_between_logs_waits_for_the_device(kind, monkeypatch, tmp_path):
         "classification": lambda: Classification(**WRN),
         "head_only": lambda: Classification(head_only_steps=3, **WRN),
         "linear_probes": lambda: LinearProbes(**WRN),
+        "segmentation": lambda: Segmentation(class_weights="inverse_frequency", **WRN),
         "reconstruction": lambda: Reconstruction(
             classification_weight=1, optimizer=Optimizer(lr=0.001), backbone="nin", backbone_kwargs={"width": 0.1}
         ),
@@ -175,7 +177,8 @@ def test_no_step_between_logs_waits_for_the_device(kind, monkeypatch, tmp_path):
         ),
         "smoothed": lambda: Classification(label_smoothing=0.1, head_drop_rate=0.5, **WRN),
     }
-    fit(tasks[kind](), Arrays(28, batch_size=4), log_every_n_steps=5)
+    data = MaskArrays if kind == "segmentation" else Arrays
+    fit(tasks[kind](), data(28, batch_size=4), log_every_n_steps=5)
     assert {where for where, _ in calls} == {5, 7}  # the claim can fail: logging does wait
 
 
@@ -339,8 +342,14 @@ def test_channels_last_and_bf16_train_the_same_network():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("cls", "options", "networks"),
-    [(Classification, {}, 1), (LinearProbes, {}, 1), (Denoising, {}, 1), (Autoresolution, PATCHES, 2)],
-    ids=["Classification", "LinearProbes", "Denoising", "Autoresolution"],
+    [
+        (Classification, {}, 1),
+        (LinearProbes, {}, 1),
+        (Denoising, {}, 1),
+        (Segmentation, {}, 1),
+        (Autoresolution, PATCHES, 2),
+    ],
+    ids=["Classification", "LinearProbes", "Denoising", "Segmentation", "Autoresolution"],
 )
 def test_compiled_networks_train_the_same_weights(cls, options, networks, monkeypatch):
     compiled = []
@@ -350,7 +359,8 @@ def test_compiled_networks_train_the_same_weights(cls, options, networks, monkey
     for compile_it in (False, True):
         torch.manual_seed(0)
         task = cls(optimizer=Optimizer("momentum", 0.02), compile=compile_it, **options, **WRN)
-        losses[compile_it] = fit(task, Arrays(16, val=8), 1, log_every_n_steps=1).column("train/loss")
+        data = MaskArrays if cls is Segmentation else Arrays
+        losses[compile_it] = fit(task, data(16, val=8), 1, log_every_n_steps=1).column("train/loss")
         assert not any("_orig_mod" in name for name in task.state_dict())
     assert len(compiled) >= networks
     assert losses[True] == pytest.approx(losses[False], abs=1e-3)

@@ -9,6 +9,7 @@ from lightning.pytorch.loggers import Logger
 
 from baton.backbones import create_backbone
 from baton.data.images import ArraySet, ImageData
+from baton.data.masks import IGNORE, MaskArraySet, MaskData
 from baton.handover import write_model
 
 WRN = {"backbone": "wide_resnet", "backbone_kwargs": {"depth": 10, "width": 1}}
@@ -43,6 +44,41 @@ class Arrays(ImageData):
     def sources(self):
         train, val, test = (
             random_set(count, self.size, self.num_classes, seed) if count else None
+            for seed, count in enumerate(self.lengths)
+        )
+        return train, val, test
+
+
+def random_masks(count: int, size: tuple[int, int], classes: int, seed: int) -> MaskArraySet:
+    """Images whose red channel knows each pixel's class; a ninth of the pixels is ignored."""
+    draw = torch.Generator().manual_seed(seed)
+    masks = torch.randint(0, classes, (count, *size), generator=draw, dtype=torch.uint8)
+    images = torch.randint(0, 256, (count, 3, *size), generator=draw, dtype=torch.uint8)
+    images[:, 0] = images[:, 0] // (2 * classes) + masks * (255 // classes)
+    masks[torch.rand(masks.shape, generator=draw) < 1 / 9] = IGNORE
+    return MaskArraySet(images, masks)
+
+
+class MaskArrays(MaskData):
+    """Random images in memory with random masks; the first class is the background."""
+
+    def __init__(
+        self,
+        train: int = 20,
+        val: int = 0,
+        test: int = 0,
+        size: tuple[int, int] = (16, 16),
+        num_classes: int = 3,
+        batch_size: int = 8,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(batch_size=batch_size, **kwargs)
+        self.lengths, self.size = (train, val, test), size
+        self.classes = ["background", *(f"class {number}" for number in range(1, num_classes))][:num_classes]
+
+    def sources(self):
+        train, val, test = (
+            random_masks(count, self.size, self.num_classes, seed) if count else None
             for seed, count in enumerate(self.lengths)
         )
         return train, val, test

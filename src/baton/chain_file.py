@@ -22,8 +22,8 @@ A chain file is YAML::
 
 A stage with one seed of its own (``seeds: [0]``) runs once and serves every seed of the stages after it;
 ``teacher: stage`` hands a stage's network to ``--model.init_args.teacher``, ``decoder_from: stage`` a stage's decoder
-to ``--model.init_args.decoder_from``. Everything else that a table may show is described in
-:mod:`baton.chain_table_file`.
+to ``--model.init_args.decoder_from``, ``trunk_from: stage`` a network for the trunk of another to
+``--model.init_args.trunk_from``. Everything else that a table may show is described in :mod:`baton.chain_table_file`.
 """
 
 import re
@@ -41,6 +41,7 @@ LINKS = {
     "init_from": "model.init_from",
     "teacher": "model.init_args.teacher",
     "decoder_from": "model.init_args.decoder_from",
+    "trunk_from": "model.init_args.trunk_from",
 }
 _OWNED = ("run.root", "run.name", "run.resume", "run.chain", "run.stage", "seed_everything", "config")
 _FOLDER_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
@@ -54,7 +55,7 @@ class Stage:
         name: of the stage, also a folder's name.
         recipe: the recipe's path.
         options: overrides, dotted name -> plain value; the chain's own ``set`` is merged in.
-        links: "init_from" / "teacher" / "decoder_from" -> an earlier stage.
+        links: "init_from" / "teacher" / "decoder_from" / "trunk_from" -> an earlier stage.
         seeds: the seeds it runs with.
     """
 

@@ -25,7 +25,7 @@ class Run:
         stage: what to run.
         seed: of everything random in it.
         root: folder of all runs.
-        parents: "init_from" / "teacher" / "decoder_from" -> the run whose network it takes.
+        parents: "init_from" / "teacher" / "decoder_from" / "trunk_from" -> the run whose network it takes.
     """
 
     chain: str

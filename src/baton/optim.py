@@ -157,20 +157,24 @@ class LRScheduler:
     Args:
         name: `constant`; `step`: multiply by `factor` from the start of each epoch named in `milestones`
             (60 means after 59 full epochs, as the Wide ResNet code does); `exponential`: multiply by `factor` every
-            `every` epochs; `cosine`: half a cosine from the start to `final` times the start, per step.
+            `every` epochs; `cosine`: half a cosine from the start to `final` times the start, per step; `poly`:
+            (1 - t)^`power` down to `final` times the start, t being the part of training that is done, per step (as
+            DeepLab).
         milestones: epochs of `step`.
         factor: of `step` and `exponential`.
         every: epochs between two drops of `exponential`.
-        final: of `cosine`, as a fraction of the learning rate.
+        final: of `cosine` and `poly`, as a fraction of the learning rate.
+        power: of `poly`.
         warmup_epochs: rise linearly from zero over this many epochs (per step), before anything else.
         reset_momentum: forget the optimiser's state at every drop of `step`, as the Wide ResNet code does.
     """
 
-    name: Literal["constant", "step", "exponential", "cosine"] = "constant"
+    name: Literal["constant", "step", "exponential", "cosine", "poly"] = "constant"
     milestones: list[int] = field(default_factory=list)
     factor: float = 0.1
     every: int = 1
     final: float = 0.0
+    power: float = 0.9
     warmup_epochs: float = 0.0
     reset_momentum: bool = False
 
@@ -182,9 +186,10 @@ class LRScheduler:
             return self.factor ** sum(math.floor(epoch) + 1 >= milestone for milestone in self.milestones)
         if self.name == "exponential":
             return self.factor ** (math.floor(epoch) // self.every)
-        if self.name == "cosine":
-            done = (epoch - self.warmup_epochs) / max(epochs - self.warmup_epochs, 1e-9)
-            return self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+        if self.name in ("cosine", "poly"):
+            done = min((epoch - self.warmup_epochs) / max(epochs - self.warmup_epochs, 1e-9), 1.0)
+            left = 0.5 * (1 + math.cos(math.pi * done)) if self.name == "cosine" else (1 - done) ** self.power
+            return self.final + (1 - self.final) * left
         return 1.0
 
     def build(
@@ -198,7 +203,7 @@ class LRScheduler:
         """
         if self.name == "constant" and not self.warmup_epochs:
             return None
-        per_step = self.name == "cosine" or self.warmup_epochs > 0
+        per_step = self.name in ("cosine", "poly") or self.warmup_epochs > 0
 
         def multiplier(count: int) -> float:
             per_epoch, epochs = length() if count else (1.0, math.inf)

@@ -171,8 +171,9 @@ class BatonCLI(LightningCLI):
             init.backbone, init.backbone_kwargs = held["backbone"], kwargs
             if "num_classes" in init:
                 init.num_classes = held["num_classes"]
-            if "decoder_from" in init:
-                init.decoder_from = None
+            for source in ("decoder_from", "trunk_from"):
+                if source in init:
+                    init[source] = None
 
     def before_instantiate_classes(self) -> None:
         """Open the run directory before anything is built in it."""

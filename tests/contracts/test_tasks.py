@@ -35,6 +35,8 @@ NEEDS: dict[str, list[str]] = {
     "Distillation": ["--model.teacher={Classification}", "--model.kd_weight=0.9", "--model.ce_weight=0.1"],
     "SplitBrain": ["--model.space=lab", "--model.bins=[10, 4]", "--model.size=4"],
 }  # fmt: skip
+#: Data of tasks that need more than images.
+DATA = {"Segmentation": "ShapesMasks"}
 KWARGS = {"depth": 10, "width": 1, "drop_rate": 0.1}
 #: Every pair of tasks hands over one of these; only some tasks need a pair of networks.
 BACKBONES = {
@@ -76,7 +78,8 @@ def run_of(tmp_path_factory):
         needs = [option.format_map(_Runs(run)) for option in NEEDS.get(name, [])]
         assert cli.main([
             "fit", f"--model={name}", *chosen, *needs, "--model.optimizer.lr=0.01",
-            "--data=Shapes", "--data.size=16", "--data.length=20", "--data.val_length=9", "--data.test_length=9",
+            f"--data={DATA.get(name, 'Shapes')}",
+            "--data.size=16", "--data.length=20", "--data.val_length=9", "--data.test_length=9",
             "--data.batch_size=8", "--trainer.max_epochs=1", "--trainer.accelerator=cpu",
             f"--run.root={root}", f"--run.name={name}-{backbone}", "--run.wandb=false", "--run.test=true",
         ]) == 0  # fmt: skip

@@ -11,6 +11,7 @@ from baton.backbones import (  # noqa: F401  (importing registers)
     autoresolution_patch,
     converted,
     dae_encoder,
+    deeplab,
     diracnet,
     diracnet_plain,
     fully_convolutional,

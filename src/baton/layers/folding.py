@@ -10,12 +10,13 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from baton.layers.dirac import DiracConv2d
 from baton.layers.njet import NJetConv2d
+from baton.layers.njet_pyramid import NJetPyramid2d
 from baton.layers.subsampling import SubsampledNJet
 
 Network = TypeVar("Network", bound=nn.Module)
 
 #: What can be folded is of exactly these types: another class may compute something else.
-_PARAMETERISED = (DiracConv2d, NJetConv2d)
+_PARAMETERISED = (DiracConv2d, NJetConv2d, NJetPyramid2d)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_PARAMETERISED)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 

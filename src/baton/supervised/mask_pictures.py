@@ -3,7 +3,7 @@
 import colorsys
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Integer
 from torch import Tensor
 
 from baton.data.masks import IGNORE
@@ -30,7 +30,7 @@ def palette(classes: int, background: bool) -> Float[Tensor, "values 3"]:
     return colours
 
 
-def paint(masks: Int[Tensor, "b h w"], colours: Float[Tensor, "values 3"]) -> Float[Tensor, "b 3 h w"]:
+def paint(masks: Integer[Tensor, "b h w"], colours: Float[Tensor, "values 3"]) -> Float[Tensor, "b 3 h w"]:
     """Return masks in colours.
 
     Args:

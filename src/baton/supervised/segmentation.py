@@ -200,8 +200,7 @@ class Segmentation(Task):
                     f"{weights}."
                 )
             return torch.tensor(weights, dtype=torch.float32)
-        stored = self._trainer is None or self.trainer.ckpt_path is not None
-        if self.class_weights == "none" or stored or not isinstance(data, MaskData):
+        if self.class_weights == "none" or not isinstance(data, MaskData):
             return torch.ones(classes)  # or what the checkpoint that is about to be loaded says
         counts = data.class_counts()
         if not counts.any():
