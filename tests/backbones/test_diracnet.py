@@ -290,7 +290,8 @@ def test_folded_networks_are_plain_and_equal(name, dtype):
     assert plain.load_state_dict(folded.state_dict()) == ([], [])
     assert folded.no_weight_decay() == set()
     x = torch.randn(2, 3, *((64, 64) if "group4" in model.stage_names else (32, 32)), dtype=dtype)
-    single = 3e-5 if name == "diracnet_100_1" else 1e-5  # what 100 layers of float32 round away in either network
+    # what many layers of float32 round away in either network depends on the processor
+    single = 1e-5 if name in ("diracnet_10_1", "diracnet_16_1") else 5e-5
     tolerance = 1e-12 if dtype == torch.float64 else single
     with torch.no_grad():
         expected, maps = model.forward_intermediates(x)
