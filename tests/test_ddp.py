@@ -37,7 +37,10 @@ TASKS = {
         "--model.bins=[10, 4]", "--model.size=4",
     ],
     "LinearProbes": ["--model.max_features=600"],
-    "Segmentation": ["--model.class_weights=inverse_frequency", "--model.per_class=true"],
+    "Segmentation": [
+        "--model.class_weights=inverse_frequency", "--model.per_class=true", "--model.backbone=njet_unet",
+        "--model.backbone_kwargs={norm: false, width: 4}",
+    ],
     # every term at once; TEACHER stands for a folder
     "Distillation": [
         "--model.teacher=TEACHER", "--model.backbone=nin", "--model.backbone_kwargs={norm: false, width: 0.1}",

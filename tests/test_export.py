@@ -105,6 +105,35 @@ def test_onnx_of_a_segmentation_scores_pixels(backbone, kwargs, tmp_path: Path, 
         assert np.abs(given - expected).max() <= 1e-4 * np.abs(expected).max()
 
 
+@pytest.mark.parametrize(
+    ("name", "kwargs", "free"),
+    [
+        ("njet_nin", {"width": 0.05, "sigma": [1.3, 2.0, 0.8], "subsample": "pool"}, True),
+        ("njet_nin", {"width": 0.05, "sigma": [1.3, 2.0, 0.8]}, False),  # sides are rounded, image by image
+        ("diracnet", {"depth": 10, "width": 1}, True),
+    ],
+)
+def test_parameterised_convolutions_are_plain_ones_in_onnx(name, kwargs, free, tmp_path: Path, capsys) -> None:
+    backbone = write(tmp_path / "model", name=name, **kwargs)
+    file = tmp_path / "net.onnx"
+    assert cli.main(["export", str(tmp_path / "model"), "--to", str(file)]) == 0
+    assert f"any batch, {'free height and width' if free else '24 x 24 pixels'} -> 3 logits" in capsys.readouterr().out
+    graph = onnx.load(file).graph
+    weights = {tensor.name for tensor in graph.initializer}
+    convolutions = [node for node in graph.node if node.op_type == "Conv"]
+    assert convolutions
+    assert all(node.input[1] in weights for node in convolutions), "weights are computed in the graph"
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    mean, std = (np.reshape(backbone.pretrained_cfg[key], (3, 1, 1)) for key in ("mean", "std"))
+    images = np.random.default_rng(0).random((3, 3, 24, 24), dtype=np.float32)
+    images *= np.array([0.1, 0.5, 1], dtype=np.float32).reshape(3, 1, 1, 1)  # else random images look alike
+    (given,) = session.run(None, {"images": images})
+    with torch.no_grad():
+        expected = backbone(torch.from_numpy(((images - mean) / std).astype(np.float32))).numpy()
+    assert expected.std(0).min() > 1e-4 * np.abs(expected).max()
+    assert np.abs(given - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
 def test_onnx_says_what_it_is(models, tmp_path: Path) -> None:
     folder, backbone = models
     assert cli.main(["export", str(folder), "--to", str(tmp_path / "net.onnx")]) == 0

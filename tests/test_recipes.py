@@ -282,10 +282,13 @@ def test_rows_of_a_table_train_equally_long_and_their_networks_are_different(cha
     assert all(networks.count(network) == 1 for network in networks)
 
 
-NJET_UNETS = ["njet_fashion_scale", "njet_receptive_field"]
+NJET = [
+    *(f"njet_table_{number}" for number in (1, 2, 3, 4, 5, 6)),
+    *(f"njet_{name}" for name in ("filter_size", "mnist_scale", "fashion_scale", "receptive_field")),
+]
 
 
-@pytest.mark.parametrize("chain", ["wrn_table_5_2", "wrn_table_5_3", "wrn_table_5_7", *PLAIN[1:], *NJET_UNETS])
+@pytest.mark.parametrize("chain", ["wrn_table_5_2", "wrn_table_5_3", "wrn_table_5_7", *PLAIN[1:], *NJET])
 def test_a_scaled_sibling_has_all_rows(chain):
     full, small = chain_of(chain), chain_of(f"{chain}_small")
     assert list(small.stages) == list(full.stages)

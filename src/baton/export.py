@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from baton.backbones.cell_scores import cell_scores
 from baton.handover import Source, build_backbone, load_weights, read_source, write_model
+from baton.layers.folding import plain_convolutions
 from baton.option_names import nearest
 
 OPSET = 18  # the one torch.onnx writes without converting
@@ -124,7 +125,8 @@ def export_onnx(source: Source, backbone: nn.Module, file: Path, size: int | Non
     """Write an ONNX file and compare it with PyTorch before it gets its name.
 
     The graph takes `images`, RGB in [0, 1] of (batch, 3, height, width), and normalises them itself. The batch is
-    free; height and width are where the network allows it. What a segmentation trained gives scores of every pixel.
+    free; height and width are where the network allows it. Dirac and N-Jet layers are there as plain convolutions. What
+    a segmentation trained gives scores of every pixel.
 
     Args:
         source: where the network comes from.
@@ -142,6 +144,7 @@ def export_onnx(source: Source, backbone: nn.Module, file: Path, size: int | Non
     size = size or _training_size(source) or config["input_size"][-1]
     dense = _scores_pixels(source)
     network = Normalised(PixelScores(backbone) if dense else backbone, config["mean"], config["std"]).eval()
+    exported = plain_convolutions(network)
     channels = int(source.backbone_kwargs.get("in_chans", 3))
     metadata = _metadata(source, config)
     partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
@@ -149,7 +152,7 @@ def export_onnx(source: Source, backbone: nn.Module, file: Path, size: int | Non
     try:
         for free_size in (True, False):
             try:
-                _write_graph(network, torch.rand(2, channels, size, size), partial, free_size, metadata)
+                _write_graph(exported, torch.rand(2, channels, size, size), partial, free_size, metadata)
                 shapes = [(1, channels, size, size), (5, channels, size, size)]
                 shapes += [(3, channels, size + 32, size + 64)] if free_size else []
                 difference, relative = _compare(network, partial, shapes)

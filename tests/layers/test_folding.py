@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 import baton  # noqa: F401
-from baton.layers import DiracConv2d, NJetConv2d, fold
+from baton.layers import DiracConv2d, NJetConv2d, SafeSubsample, SubsampledNJet, fold
+from baton.layers.folding import plain_convolutions
 from tiny import same, state
 
 
@@ -187,3 +188,48 @@ def test_njet_layers_become_convolutions_of_their_present_size(dtype, options):
     alone = fold(network[1])
     assert type(alone) is nn.Conv2d
     assert_equal_outputs(alone(x), network[1](x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rule", ["paper", "code"])
+@pytest.mark.parametrize("mode", ["nearest", "bilinear", "area"])
+def test_safe_subsampling_stays_as_it_is(dtype, rule, mode):
+    layer = SubsampledNJet(NJetConv2d(4, 6, 2, 2.6), SafeSubsample(rule=rule, mode=mode))
+    network = trained(
+        nn.Sequential(layer, nn.BatchNorm2d(6), nn.ReLU(), SubsampledNJet(NJetConv2d(6, 3), layer.subsample))
+    )
+    network = network.to(dtype)
+    folded, x = fold(network), torch.randn(2, 4, 17, 22, dtype=dtype)
+    assert [type(module) for module in folded] == [SubsampledNJet, nn.ReLU, SubsampledNJet]
+    assert_equal_outputs(folded(x), network(x))
+    assert not any(isinstance(module, NJetConv2d | nn.BatchNorm2d) for module in folded.modules())
+    assert isinstance(network[0].conv, NJetConv2d)
+    with torch.no_grad():
+        network[0].conv.log2_sigma += 1
+    assert folded(x).shape != network(x).shape  # it knows no scale any more
+
+
+def test_only_the_parameterisation_goes():
+    network = trained(
+        nn.Sequential(
+            row(DiracConv2d(3, 6, 3)), nn.Sequential(nn.BatchNorm2d(6), NJetConv2d(6, 6, 3)), nn.Conv2d(6, 4, 3)
+        )
+    )  # fmt: skip
+    jet = network[1][1]
+    before, plain, x = state(network), plain_convolutions(network), torch.randn(2, 3, 12, 12, dtype=torch.float64)
+    assert_equal_outputs(plain(x), network(x))
+    kinds = [type(module) for module in plain.modules() if not isinstance(module, nn.Sequential)]
+    assert kinds == [nn.ReLU, nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.BatchNorm2d, nn.Conv2d, nn.Conv2d]
+    assert same(state(network), before)
+    alone = plain_convolutions(jet)
+    assert type(alone) is nn.Conv2d
+    assert_equal_outputs(alone(torch.ones(1, 6, 9, 9).double()), jet(torch.ones(1, 6, 9, 9).double()))
+    assert same(state(plain_convolutions(network[2])), state(network[2]))
+
+
+def test_njet_networks_fold():
+    network = trained(timm.create_model("njet_nin", width=0.05, num_classes=3, sigma=[1.0, 2.0, 1.5]))
+    folded, x = fold(network), torch.randn(3, 3, 20, 24, dtype=torch.float64)
+    assert_equal_outputs(folded(x), network(x))
+    assert not any(isinstance(module, NJetConv2d | nn.BatchNorm2d) for module in folded.modules())
+    assert (network(x).std(0) > 1e-4).all(), "all images look alike"

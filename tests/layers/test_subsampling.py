@@ -71,3 +71,10 @@ def test_subsampled_layers_do_so_where_the_rule_says(rule):
     with torch.no_grad():
         conv.log2_sigma.fill_(2.0)  # σ = 4 at once
     assert layer(x).shape[2:] == {"paper": (16, 12), "code": (8, 6)}[rule]
+
+
+def test_a_convolution_that_knows_no_scale_is_told_one():
+    x = torch.randn(1, 2, 32, 24)
+    layer = SubsampledNJet(torch.nn.Conv2d(2, 3, 3, padding=1), SafeSubsample(), sigma=4.0)
+    assert layer(x).shape[2:] == (16, 12)
+    assert layer.sigma == 4.0

@@ -23,8 +23,8 @@ class Jets:
         evaluation: `auto`, `filters` or `separable`.
         sigma_groups: scales in each layer; it must divide every layer's filters.
         init_std: standard deviation of the weights α at the start: 1 in the published code, whose layers are followed
-            by BatchNorm; `auto` keeps the variance of white noise (see `NJetConv2d`), as a deep network needs, whose
-            maps would else overflow in evaluation mode as long as BatchNorm has not seen any.
+            by BatchNorm; `auto` keeps maps from growing (see `NJetConv2d`), as a deep network needs, whose maps would
+            else overflow in evaluation mode as long as BatchNorm has not seen any.
         r: of safe subsampling, the scale at which a map is halved (see `SafeSubsample`).
         rule: of safe subsampling, `paper` or `code`.
         mode: of safe subsampling, how maps are interpolated.

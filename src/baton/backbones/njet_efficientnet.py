@@ -3,8 +3,8 @@
 Pintea et al., "Resolution learning in deep convolutional networks using scale-space theory" (arXiv:2106.03412), section
 IV-A, experiment 3.2: timm's `efficientnet_b0` (Tan and Le, 2019) with N-Jet layers of order 2 in place of its spatial
 convolutions: the first one and the depthwise ones, of 3×3 and 5×5 pixels. Strides are kept, because safe subsampling
-"is reducing the feature map sizes too much". The code is not published; N-Jet weights start so that white noise keeps
-its variance, and everything else is as in timm.
+"is reducing the feature map sizes too much". The code is not published; N-Jet weights start so that no map grows (see
+`NJetConv2d`), and everything else is as in timm.
 
 With 1000 classes there are 5,160,021 parameters of order 2 and 5,196,245 of order 3, and 5,288,548 in the original.
 """

@@ -18,8 +18,8 @@ bottlenecks (whose 3×3 convolution alone becomes an N-Jet layer). Ours are basi
     "bottleneck"  "B"        2                            1,413,761
                              3                            1,801,025
 
-N-Jet weights start so that white noise keeps its variance (the published code of `njet_nin` draws them from N(0, 1),
-with which the maps of a fresh ResNet-110 overflow in evaluation mode); everything else is as in `resnet_cifar`.
+N-Jet weights start so that no map grows (the published code of `njet_nin` draws them from N(0, 1), with which the maps
+of a fresh ResNet-110 overflow in evaluation mode); everything else is as in `resnet_cifar`.
 """
 
 from typing import Any

@@ -187,7 +187,7 @@ def _draw_depth(axis: Any, rows: Sequence[Row], plain: Sequence[Sides]) -> None:
     if plain:
         sides = [math.sqrt(height * width) for height, width in plain]
         axis.plot(range(1, len(plain) + 1), sides, "s--", color="0.2", markersize=3, label="plain network")
-    axis.set(xlabel="layer", title="side of the map in pixels", ylim=(0, None))
+    axis.set(xlabel="layer", title="from layer to layer", ylim=(0, None))
     axis.legend(frameon=False, fontsize=8)
     tidy(axis)
 

@@ -124,7 +124,8 @@ def plot_layers(axis: Any, rows: Sequence[Any], value: Callable[[Any], float | N
 
 
 def tidy(axis: Any) -> None:
-    """Take away from an axis what is no data."""
+    """Take away from an axis what is no data; its numbers along x are whole."""
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.grid(color="0.92")
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)

@@ -11,6 +11,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from baton.layers.dirac import DiracConv2d
 from baton.layers.njet import NJetConv2d
 from baton.layers.njet_pyramid import NJetPyramid2d
+from baton.layers.subsampling import SubsampledNJet
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -29,7 +30,8 @@ def fold(model: Network) -> Network:
 
         weight  g / sqrt(v + eps) Ŵ          bias  h + (c - m) g / sqrt(v + eps)
 
-    An N-Jet convolution becomes one with its filters at the present scales.
+    An N-Jet convolution becomes one with its filters at the present scales, and safe subsampling stays as it is then.
+    The BatchNorm may follow the subsampling: what averages pixels, with weights of sum one, changes places with it.
 
     Every BatchNorm must follow its convolution in an `nn.Sequential`, where the order of computation is certain; it is
     removed from there, and layers that are named by their number move up. A Dirac convolution without a BatchNorm
@@ -59,19 +61,43 @@ def fold(model: Network) -> Network:
                 "Expected every BatchNorm directly after a plain, Dirac or N-Jet convolution in an nn.Sequential, and "
                 f"with running statistics, but {which} is not: it cannot be folded."
             )
-    for module in list(folded.modules()):
+    return _without_parameterisation(folded)
+
+
+@torch.no_grad()
+def plain_convolutions(model: Network) -> Network:
+    """Copy a network so that plain convolutions take the place of its Dirac and N-Jet ones, and it computes the same.
+
+    BatchNorms stay, wherever they are, and modules keep their names.
+
+    Args:
+        model: any network, left as it is; it may itself be the convolution.
+    """
+    return _without_parameterisation(copy.deepcopy(model))
+
+
+def _without_parameterisation(model: Any) -> Any:
+    """Put plain convolutions in their places; without one, the network stays as it is."""
+    for module in list(model.modules()):
+        if isinstance(module, SubsampledNJet):
+            module.fixed_sigma = module.sigma
         for name, child in module._modules.items():
             if isinstance(child, _PARAMETERISED):
                 setattr(module, name, _plain(child))
-    return _plain(folded) if isinstance(folded, _PARAMETERISED) else folded
+    return _plain(model) if isinstance(model, _PARAMETERISED) else model
 
 
 def _fold_row(row: nn.Sequential) -> None:
     """Fold every BatchNorm of a row into the convolution before it."""
     layers = dict(row._modules)  # a layer may act several times
     for (before, conv), (name, norm) in pairwise(row._modules.items()):
-        if type(conv) in _CONVOLUTIONS and type(norm) in _NORMS and norm.running_mean is not None:
+        if type(norm) not in _NORMS or norm.running_mean is None:
+            continue
+        if type(conv) in _CONVOLUTIONS:
             layers[before] = _plain(conv, norm)
+            del layers[name]
+        elif type(conv) is SubsampledNJet and type(conv.conv) in _CONVOLUTIONS:
+            layers[before] = SubsampledNJet(_plain(conv.conv, norm), conv.subsample, conv.sigma).train(conv.training)
             del layers[name]
     if len(layers) < len(row):
         numbered = all(name.isdecimal() for name in layers)

@@ -1,10 +1,10 @@
 """Safe subsampling: maps that a blur has left without fine detail lose the pixels that they no longer need."""
 
+from typing import Any
+
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
-
-from baton.layers.njet import NJetConv2d
 
 RULES = ("paper", "code")
 MODES = ("nearest", "bilinear", "area")
@@ -89,17 +89,24 @@ class SubsampledNJet(nn.Module):
     Args:
         conv: the convolution, which keeps the side of maps.
         subsample: how.
+        sigma: the scale, in pixels, of a convolution that does not know it, as a folded one; None for its own.
     """
 
-    def __init__(self, conv: NJetConv2d, subsample: SafeSubsample) -> None:
+    def __init__(self, conv: nn.Module, subsample: SafeSubsample, sigma: float | None = None) -> None:
         super().__init__()
-        self.conv, self.subsample = conv, subsample
+        self.conv: Any = conv
+        self.subsample, self.fixed_sigma = subsample, sigma
+
+    @property
+    def sigma(self) -> float:
+        """The scale that subsamples, as the host knows it, in pixels."""
+        return self.conv.host_sigma if self.fixed_sigma is None else self.fixed_sigma
 
     def forward(
         self, x: Float[Tensor, "batch in_channels height width"]
     ) -> Float[Tensor, "batch out_channels out_height out_width"]:
         """Convolve and subsample, or the other way round."""
         if self.subsample.rule == "code":
-            return self.conv(self.subsample(x, self.conv.host_sigma))
+            return self.conv(self.subsample(x, self.sigma))
         y = self.conv(x)
-        return self.subsample(y, self.conv.host_sigma)
+        return self.subsample(y, self.sigma)

@@ -1,0 +1,169 @@
+"""N-Jet layers: both evaluations against each other and a plain convolution, and networks in network with and without.
+
+    python benchmarks/njet.py [--rounds 7] [--threads 1] [--batch 8] [--what layers memory networks synchronisation]
+                              [--device cpu]
+
+A layer's step is forward and backward, a network's is cross-entropy, too, on images of 32 pixels. Whoever is compared
+alternates in one process; medians of the ratios of neighbours, with quartiles. `layers` also prints what `auto` takes,
+from which its rule can be judged. `synchronisation` needs a GPU: a training step in which any look at σ is an error.
+"""
+
+import argparse
+import statistics
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import baton  # noqa: F401
+from baton.layers import NJetConv2d
+from racing import race, report
+
+SIGMAS = (0.5, 1.0, 1.5, 2.0, 3.0)
+#: Separable evaluation of order 2 against filters, σ = 2.
+LAYER_TARGETS = {64: 0.65, 192: 0.35}
+#: A network's step against the plain one's, by order.
+NETWORK_TARGETS = {2: 1.20, 3: 1.60}
+
+
+def layer_step(layer: nn.Module, x: torch.Tensor) -> Callable[[], int]:
+    """Forward and backward."""
+    layer.to(x.device)
+
+    def run() -> int:
+        layer(x).sum().backward()
+        layer.zero_grad()
+        x.grad = None
+        return 1
+
+    return run
+
+
+def network_step(network: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> Callable[[], int]:
+    """A training step."""
+    network.to(images.device).train()
+    optimizer = torch.optim.SGD(network.parameters(), 1e-4, momentum=0.9)
+
+    def run() -> int:
+        optimizer.zero_grad()
+        F.cross_entropy(network(images), labels).backward()
+        optimizer.step()
+        return 1
+
+    return run
+
+
+def layers(arguments: Any) -> bool:
+    """Filters, separable and auto against a 3 x 3 convolution."""
+    passed = True
+    for channels in (16, 64, 192):
+        x = torch.randn(arguments.batch, channels, 32, 32, device=arguments.device, requires_grad=True)
+        for order in (2, 3):
+            for sigma in SIGMAS:
+                ways = [
+                    NJetConv2d(channels, channels, order, sigma, evaluation=way)
+                    for way in ("filters", "separable", "auto")
+                ]
+                chosen = "separable" if ways[2]._is_separable(32, 32, ways[2].kernel_size) else "filters"
+                base = layer_step(nn.Conv2d(channels, channels, 3, padding=1), x)
+                steps = [layer_step(layer, x) for layer in ways]
+                races = [race(step, base, arguments.rounds) for step in steps]
+                of_conv = [statistics.median(a / b for a, b in zip(*pair, strict=True)) for pair in races]
+                what = f"{channels} channels, order {order}, σ = {sigma}"
+                print(f"{what}: filters {of_conv[0]:.2f}, separable {of_conv[1]:.2f}, auto {of_conv[2]:.2f} ({chosen})")
+                if order == 2 and sigma == 2.0 and channels in LAYER_TARGETS:
+                    pair = race(steps[1], steps[0], arguments.rounds)
+                    ratios = [own / theirs for own, theirs in zip(*pair, strict=True)]
+                    passed &= report(f"{what}: separable / filters", ratios, LAYER_TARGETS[channels])
+    return passed
+
+
+def kept(layer: nn.Module, x: torch.Tensor) -> int:
+    """Bytes that autograd keeps for the backward pass, parameters left out."""
+    sizes: dict[int, int] = {}
+    own = {parameter.data_ptr() for parameter in layer.parameters()}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.data_ptr() not in own:
+            sizes[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        layer(x)
+    return sum(sizes.values())
+
+
+def memory(arguments: Any) -> bool:
+    """Bytes kept for the backward pass, of what a 3 x 3 convolution keeps."""
+    passed = True
+    for channels in (16, 64, 192):
+        x = torch.randn(32, channels, 32, 32, device=arguments.device, requires_grad=True)
+        base = kept(nn.Conv2d(channels, channels, 3, padding=1, device=arguments.device), x)
+        for order in (2, 3, 4):
+            for way in ("filters", "separable"):
+                layer = NJetConv2d(channels, channels, order, 2.0, evaluation=way, device=arguments.device)
+                ratio = kept(layer, x) / base
+                passed &= report(
+                    f"bytes kept, {channels} channels, order {order}, {way} / convolution", [ratio] * 2, 2.0
+                )
+    return passed
+
+
+def networks(arguments: Any) -> bool:
+    """N-Jet-NIN with its poolings kept against NIN."""
+    passed = True
+    images = torch.randn(arguments.batch, 3, 32, 32, device=arguments.device)
+    labels = torch.arange(arguments.batch, device=arguments.device) % 10
+    for order in (2, 3):
+        for sigma in (0.5, 1.0, 2.0, 3.0):
+            pair = [
+                timm.create_model("njet_nin", subsample="pool", order=order, sigma=sigma),
+                timm.create_model("njet_nin_plain"),
+            ]
+            ours, theirs = race(*(network_step(network, images, labels) for network in pair), arguments.rounds)
+            ratios = [own / other for own, other in zip(ours, theirs, strict=True)]
+            what = f"step of njet_nin / njet_nin_plain, order {order}, σ = {sigma}"
+            passed &= report(what, ratios, NETWORK_TARGETS[order])
+    return passed
+
+
+def synchronisation(arguments: Any) -> bool:
+    """A step in which the host must not wait for the device."""
+    if torch.device(arguments.device).type != "cuda":
+        print("synchronisation: needs --device cuda")
+        return True
+    images = torch.randn(arguments.batch, 3, 32, 32, device=arguments.device)
+    labels = torch.arange(arguments.batch, device=arguments.device) % 10
+    step = network_step(timm.create_model("njet_nin", subsample="pool"), images, labels)
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(20):  # less than the calls between two looks
+            step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    print("synchronisation: none in 20 steps")
+    return True
+
+
+WHAT = {"layers": layers, "memory": memory, "networks": networks, "synchronisation": synchronisation}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--what", nargs="+", choices=WHAT, default=list(WHAT))
+    parser.add_argument("--device", default="cpu")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    return 0 if all([WHAT[name](arguments) for name in arguments.what]) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
