@@ -10,6 +10,7 @@ import timm
 import torch
 
 from baton import cli, export, handover
+from baton.supervised import Segmentation
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -75,6 +76,32 @@ def test_onnx_gives_the_same_outputs(num_classes: int, tmp_path: Path, capsys: p
         with torch.no_grad():
             expected = backbone(torch.from_numpy(((images - mean) / std).astype(np.float32))).numpy()
         assert given.shape == (shape[0], num_classes or backbone.num_features)
+        assert np.abs(given - expected).max() <= 1e-4 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize(
+    ("backbone", "kwargs"),
+    [("wide_resnet", KWARGS), ("unet", {"levels": 2, "width": 4}), ("njet_unet", {"levels": 2, "width": 4}),
+     ("deeplab", {"base": "test_resnet", "aspp": "njet", "width": 4})],
+)  # fmt: skip
+def test_onnx_of_a_segmentation_scores_pixels(backbone, kwargs, tmp_path: Path, capsys) -> None:
+    torch.manual_seed(0)
+    task = Segmentation(num_classes=5, backbone=backbone, backbone_kwargs=kwargs)
+    task.configure_model()
+    torch.nn.init.normal_(task.backbone.get_classifier().weight)
+    config = {"model": {"class_path": "baton.supervised.Segmentation"}, "data": {"init_args": {"size": 24}}}
+    handover.write_model(tmp_path / "m", task.backbone, backbone_kwargs=kwargs, config=config, metrics={}, parent=None)
+    assert cli.main(["export", str(tmp_path / "m"), "--to", str(tmp_path / "net.onnx")]) == 0
+    said = capsys.readouterr().out
+    assert "-> 5 logits a pixel" in said
+    session = onnxruntime.InferenceSession(str(tmp_path / "net.onnx"), providers=["CPUExecutionProvider"])
+    assert session.get_modelmeta().custom_metadata_map["output"] == "logits: (batch, classes, height, width)"
+    for count, size in [(1, (24, 24)), (2, (40, 56) if "free height" in said else (24, 24))]:
+        images = np.random.default_rng(0).random((count, 3, *size), dtype=np.float32)
+        (given,) = session.run(None, {"images": images})
+        with torch.no_grad():
+            expected = task.eval().scores(torch.from_numpy(images)).numpy()
+        assert given.shape == (count, 5, *size)
         assert np.abs(given - expected).max() <= 1e-4 * np.abs(expected).max()
 
 

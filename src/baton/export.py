@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from baton.backbones.cell_scores import cell_scores
 from baton.handover import Source, build_backbone, load_weights, read_source, write_model
 from baton.layers.folding import plain_convolutions
 from baton.option_names import nearest
@@ -41,9 +43,25 @@ class Normalised(nn.Module):
         self.register_buffer("mean", torch.tensor(list(mean)).view(-1, 1, 1))
         self.register_buffer("std", torch.tensor(list(std)).view(-1, 1, 1))
 
-    def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b outputs"]:
-        """Return logits, or pooled features where the backbone has no classifier."""
+    def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b outputs *pixels"]:
+        """Return logits, of images or of their pixels, or pooled features where the backbone has no classifier."""
         return self.backbone((images - self.mean) / self.std)
+
+
+class PixelScores(nn.Module):
+    """A backbone that a segmentation trained: scores of every pixel, as `baton.supervised.Segmentation` has them.
+
+    Args:
+        backbone: with its classifier.
+    """
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b classes height width"]:
+        """Return class scores of every pixel of normalised images."""
+        return F.interpolate(cell_scores(self.backbone, images), images.shape[2:], mode="bilinear")
 
 
 def run_export(args: Sequence[str]) -> int:
@@ -107,7 +125,8 @@ def export_onnx(source: Source, backbone: nn.Module, file: Path, size: int | Non
     """Write an ONNX file and compare it with PyTorch before it gets its name.
 
     The graph takes `images`, RGB in [0, 1] of (batch, 3, height, width), and normalises them itself. The batch is
-    free; height and width are where the network allows it. Dirac and N-Jet layers are there as plain convolutions.
+    free; height and width are where the network allows it. Dirac and N-Jet layers are there as plain convolutions. What
+    a segmentation trained gives scores of every pixel.
 
     Args:
         source: where the network comes from.
@@ -123,7 +142,8 @@ def export_onnx(source: Source, backbone: nn.Module, file: Path, size: int | Non
     """
     config: dict[str, Any] = dict(getattr(backbone, "pretrained_cfg", {}))
     size = size or _training_size(source) or config["input_size"][-1]
-    network = Normalised(backbone, config["mean"], config["std"]).eval()
+    dense = _scores_pixels(source)
+    network = Normalised(PixelScores(backbone) if dense else backbone, config["mean"], config["std"]).eval()
     exported = plain_convolutions(network)
     channels = int(source.backbone_kwargs.get("in_chans", 3))
     metadata = _metadata(source, config)
@@ -152,7 +172,7 @@ def export_onnx(source: Source, backbone: nn.Module, file: Path, size: int | Non
         partial.replace(file)
     finally:
         partial.unlink(missing_ok=True)
-    output = f"{source.num_classes} logits" if source.num_classes else "pooled features"
+    output = f"{source.num_classes} logits{' a pixel' * dense}" if source.num_classes else "pooled features"
     sides = "free height and width" if free_size else f"{size} x {size} pixels"
     print(f"{file}: RGB in [0, 1], any batch, {sides} -> {output}; opset {OPSET}, normalisation inside")
     print(f"{file}: largest difference from PyTorch {difference:.2g} (relative {relative:.2g}) over batches of 1 and 5")
@@ -215,9 +235,19 @@ def _metadata(source: Source, config: dict[str, Any]) -> dict[str, str]:
         "normalisation": "inside the graph",
         "mean": json.dumps(list(config["mean"])),
         "std": json.dumps(list(config["std"])),
-        "output": "logits: (batch, classes)" if source.num_classes else "features: pooled, (batch, features)",
+        "output": (
+            f"logits: (batch, classes{', height, width' * _scores_pixels(source)})"
+            if source.num_classes
+            else "features: pooled, (batch, features)"
+        ),
         "classes": json.dumps(source.classes or []),
     }
+
+
+def _scores_pixels(source: Source) -> bool:
+    """Whether the classifier was trained to score the cells of a map."""
+    model = (source.record.get("config") or {}).get("model") or {}
+    return bool(source.num_classes) and str(model.get("class_path", "")).endswith(".Segmentation")
 
 
 def _training_size(source: Source) -> int | None:

@@ -8,8 +8,8 @@ import torch
 from baton.callbacks.predictions import PredictionWriter, _interleave
 from baton.data.loading import evaluation_loader
 from baton.ssl_tasks import Denoising
-from baton.supervised import Classification
-from tiny import WRN, Arrays, trainer
+from baton.supervised import Classification, Segmentation
+from tiny import WRN, Arrays, MaskArrays, trainer
 
 
 @pytest.mark.parametrize("total", [5, 8, 21])
@@ -54,6 +54,36 @@ def test_images_go_to_an_archive(tmp_path):
     assert archive["reconstruction"].shape == (5, 3, 16, 16)
     clean = data.test_set.images.numpy() / 255
     assert np.allclose(table["mse"], ((archive["reconstruction"] - clean) ** 2).mean((1, 2, 3)), rtol=1e-4)
+
+
+def test_masks_of_images_of_different_sizes(tmp_path):
+    """Each batch as large as its largest image; pixels beyond have no class."""
+
+    class Sizes(MaskArrays):
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            images, masks = super().on_after_batch_transfer(batch, dataloader_idx)
+            rows, columns = 12 + int(masks[0, 0, 0] != 0), 8 + self.step
+            self.step += 4
+            return images[:, :, :rows, :columns], masks[:, :rows, :columns]
+
+    data = Sizes(8, test=5, batch_size=2)
+    data.step = 0
+    data.setup()
+    data.test_set.masks[:] = 1
+    data.test_set.masks[0] = 0
+    task = Segmentation(num_classes=3, **WRN)
+    trainer(callbacks=[PredictionWriter(str(tmp_path))]).predict(task, datamodule=data)
+    archive, table = np.load(tmp_path / "predictions.npz"), pd.read_csv(tmp_path / "predictions.csv")
+    assert archive["prediction"].shape == archive["target"].shape == (5, 13, 16)
+    assert archive["prediction"].dtype == np.uint8
+    sizes = [(12, 8), (12, 8), (13, 12), (13, 12), (13, 16)]
+    for number, (rows, columns) in enumerate(sizes):
+        inside = archive["prediction"][number, :rows, :columns]
+        assert (inside < 3).all()
+        assert (archive["prediction"][number] == 255).sum() == 13 * 16 - rows * columns
+        right = (inside == archive["target"][number, :rows, :columns]).mean()
+        assert table["pixel_accuracy"][number] == pytest.approx(right)
+    assert list(table) == ["index", "pixel_accuracy", "mean_iou"]
 
 
 @pytest.mark.parametrize("part", [False, True])

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
 from torch import Tensor
@@ -16,6 +17,9 @@ from torch.utils.data import Subset
 
 class PredictionWriter(BasePredictionWriter):
     """Write one row a sample to `predictions.csv`; entries with more than one number a sample go to `predictions.npz`.
+
+    Where images have different sizes, what is written of them is padded to the largest at the bottom and on the right:
+    classes of pixels (uint8) with 255, everything else with zeros.
 
     Args:
         folder: where the files go.
@@ -33,14 +37,14 @@ class PredictionWriter(BasePredictionWriter):
         batch_indices: Sequence[Any],
     ) -> None:
         """Join the batches (and the processes) in the order of the data and write them."""
-        own = {name: torch.cat([batch[name].cpu() for batch in predictions]) for name in predictions[0]}
+        own = {name: torch.cat(_alike([batch[name].cpu() for batch in predictions])) for name in predictions[0]}
         parts: list[Any] = [own]
         if trainer.world_size > 1:
             parts = [None] * trainer.world_size
             torch.distributed.all_gather_object(parts, own)
         if not trainer.is_global_zero:
             return
-        joined = {name: _interleave([part[name] for part in parts]).numpy() for name in own}
+        joined = {name: _interleave(_alike([part[name] for part in parts])).numpy() for name in own}
         table = pd.DataFrame({name: values for name, values in joined.items() if values.ndim == 1})
         names = getattr(pl_module, "classes", None)  # the run's: the images may have other classes, or none
         if names and "prediction" in table:
@@ -61,6 +65,17 @@ def _files(dataset: Any) -> list[str] | None:
         return [os.fsdecode(file) for file in dataset.files]
     files = _files(dataset.dataset) if hasattr(dataset, "dataset") else None
     return files if files is None or not isinstance(dataset, Subset) else [files[index] for index in dataset.indices]
+
+
+def _alike(parts: list[Tensor]) -> list[Tensor]:
+    """Pad parts of different sizes at the end of every dimension but the first."""
+    sizes = [max(lengths) for lengths in zip(*(part.shape[1:] for part in parts), strict=True)]
+    padded = []
+    for part in parts:
+        missing = [size - length for size, length in zip(sizes, part.shape[1:], strict=True)]
+        ends = [end for length in reversed(missing) for end in (0, length)]
+        padded.append(F.pad(part, ends, value=255 if part.dtype == torch.uint8 else 0) if any(missing) else part)
+    return padded
 
 
 def _interleave(parts: list[Tensor]) -> Tensor:

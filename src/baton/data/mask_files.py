@@ -115,6 +115,11 @@ class MaskFileSet(Dataset):
         images, masks = zip(*(_pad(*pair, height, width) for pair in pairs), strict=True)
         return torch.stack(images), torch.stack(masks)
 
+    @property
+    def files(self) -> np.ndarray:
+        """Paths of the images, as bytes, by which predictions name them."""
+        return self.images
+
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch from which random scales and crops are drawn."""
         self._epoch.fill_(epoch)
