@@ -1,11 +1,12 @@
 """N-Jet layers: both evaluations against each other and a plain convolution, and networks in network with and without.
 
     python benchmarks/njet.py [--rounds 7] [--threads 1] [--batch 8] [--what layers memory networks synchronisation]
-                              [--device cpu]
+                              [--device cpu] [--precision 32 | tf32 | bf16]
 
 A layer's step is forward and backward, a network's is cross-entropy, too, on images of 32 pixels. Whoever is compared
-alternates in one process; medians of the ratios of neighbours, with quartiles. `layers` also prints what `auto` takes,
-from which its rule can be judged. `synchronisation` needs a GPU: a training step in which any look at σ is an error.
+alternates in one process; medians of the ratios of neighbours, with quartiles. `layers` also prints what `auto` takes
+and the factor at which its rule would be indifferent: the larger, the better filters are. `synchronisation` needs a
+GPU: a training step in which any look at σ is an error. A GPU does ten steps in a row before anyone waits for it.
 """
 
 import argparse
@@ -30,31 +31,42 @@ LAYER_TARGETS = {64: 0.65, 192: 0.35}
 NETWORK_TARGETS = {2: 1.20, 3: 1.60}
 
 
-def layer_step(layer: nn.Module, x: torch.Tensor) -> Callable[[], int]:
-    """Forward and backward."""
-    layer.to(x.device)
+def repeated(step: Callable[[], None], device: torch.device, precision: str) -> Callable[[], int]:
+    """Take the step in a precision, on a GPU ten times."""
+    count = 1 if device.type == "cpu" else 10
 
     def run() -> int:
-        layer(x).sum().backward()
-        layer.zero_grad()
-        x.grad = None
-        return 1
+        for _ in range(count):
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                step()
+        return count
 
     return run
 
 
-def network_step(network: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> Callable[[], int]:
+def layer_step(layer: nn.Module, x: torch.Tensor, precision: str) -> Callable[[], int]:
+    """Forward and backward."""
+    layer.to(x.device)
+
+    def step() -> None:
+        layer(x).sum().backward()
+        layer.zero_grad()
+        x.grad = None
+
+    return repeated(step, x.device, precision)
+
+
+def network_step(network: nn.Module, images: torch.Tensor, labels: torch.Tensor, precision: str) -> Callable[[], int]:
     """A training step."""
     network.to(images.device).train()
     optimizer = torch.optim.SGD(network.parameters(), 1e-4, momentum=0.9)
 
-    def run() -> int:
+    def step() -> None:
         optimizer.zero_grad()
         F.cross_entropy(network(images), labels).backward()
         optimizer.step()
-        return 1
 
-    return run
+    return repeated(step, images.device, precision)
 
 
 def layers(arguments: Any) -> bool:
@@ -69,12 +81,15 @@ def layers(arguments: Any) -> bool:
                     for way in ("filters", "separable", "auto")
                 ]
                 chosen = "separable" if ways[2]._is_separable(32, 32, ways[2].kernel_size) else "filters"
-                base = layer_step(nn.Conv2d(channels, channels, 3, padding=1), x)
-                steps = [layer_step(layer, x) for layer in ways]
+                base = layer_step(nn.Conv2d(channels, channels, 3, padding=1), x, arguments.precision)
+                steps = [layer_step(layer, x, arguments.precision) for layer in ways]
                 races = [race(step, base, arguments.rounds) for step in steps]
                 of_conv = [statistics.median(a / b for a, b in zip(*pair, strict=True)) for pair in races]
                 what = f"{channels} channels, order {order}, σ = {sigma}"
-                print(f"{what}: filters {of_conv[0]:.2f}, separable {of_conv[1]:.2f}, auto {of_conv[2]:.2f} ({chosen})")
+                filters, separable = ways[0]._multiplications(32, 32, ways[0].kernel_size)
+                factor = filters / separable * of_conv[1] / of_conv[0]
+                print(f"{what}: filters {of_conv[0]:.2f}, separable {of_conv[1]:.2f}, auto {of_conv[2]:.2f} ({chosen}), "
+                      f"indifferent at {factor:.2f}", flush=True)  # fmt: skip
                 if order == 2 and sigma == 2.0 and channels in LAYER_TARGETS:
                     pair = race(steps[1], steps[0], arguments.rounds)
                     ratios = [own / theirs for own, theirs in zip(*pair, strict=True)]
@@ -124,7 +139,7 @@ def networks(arguments: Any) -> bool:
                 timm.create_model("njet_nin", subsample="pool", order=order, sigma=sigma),
                 timm.create_model("njet_nin_plain"),
             ]
-            ours, theirs = race(*(network_step(network, images, labels) for network in pair), arguments.rounds)
+            ours, theirs = race(*(network_step(network, images, labels, arguments.precision) for network in pair), arguments.rounds)
             ratios = [own / other for own, other in zip(ours, theirs, strict=True)]
             what = f"step of njet_nin / njet_nin_plain, order {order}, σ = {sigma}"
             passed &= report(what, ratios, NETWORK_TARGETS[order])
@@ -138,15 +153,15 @@ def synchronisation(arguments: Any) -> bool:
         return True
     images = torch.randn(arguments.batch, 3, 32, 32, device=arguments.device)
     labels = torch.arange(arguments.batch, device=arguments.device) % 10
-    step = network_step(timm.create_model("njet_nin", subsample="pool"), images, labels)
+    step = network_step(timm.create_model("njet_nin", subsample="pool"), images, labels, "32")
     step()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for _ in range(20):  # less than the calls between two looks
+        for _ in range(10):
             step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    print("synchronisation: none in 20 steps")
+    print("synchronisation: none in 100 steps, and three looks at each σ")
     return True
 
 
@@ -160,7 +175,10 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--what", nargs="+", choices=WHAT, default=list(WHAT))
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--precision", choices=("32", "tf32", "bf16"), default="32")
     arguments = parser.parse_args()
+    torch.set_float32_matmul_precision("high" if arguments.precision == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = arguments.precision == "tf32"
     torch.set_num_threads(arguments.threads)
     return 0 if all([WHAT[name](arguments) for name in arguments.what]) else 1
 

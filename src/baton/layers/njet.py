@@ -260,9 +260,14 @@ class NJetConv2d(nn.Module):
             return False
         mixed = self.out_channels // self.groups
         factor = 2.0 if self.in_channels // self.groups <= 16 else 5.5 if mixed <= 32 else 3.5
-        basis = self.weight.shape[2]
+        filters, separable = self._multiplications(height, width, side)
+        return filters > factor * separable
+
+    def _multiplications(self, height: int, width: int, side: int) -> tuple[int, int]:
+        """What either evaluation takes for an output of each input channel."""
+        mixed, basis = self.out_channels // self.groups, self.weight.shape[2]
         products = self.sigma_groups * ((self.order + 1) * height + basis * width) + basis * mixed
-        return side * side * mixed > factor * products
+        return side * side * mixed, products
 
 
 def _refresh(layer: NJetConv2d, _: Any) -> None:
