@@ -88,8 +88,8 @@ def layers(arguments: Any) -> bool:
                 what = f"{channels} channels, order {order}, σ = {sigma}"
                 filters, separable = ways[0]._multiplications(32, 32, ways[0].kernel_size)
                 factor = filters / separable * of_conv[1] / of_conv[0]
-                print(f"{what}: filters {of_conv[0]:.2f}, separable {of_conv[1]:.2f}, auto {of_conv[2]:.2f} ({chosen}), "
-                      f"indifferent at {factor:.2f}", flush=True)  # fmt: skip
+                print(f"{what}: filters {of_conv[0]:.2f}, separable {of_conv[1]:.2f}, auto {of_conv[2]:.2f} "
+                      f"({chosen}), indifferent at {factor:.2f}", flush=True)  # fmt: skip
                 if order == 2 and sigma == 2.0 and channels in LAYER_TARGETS:
                     pair = race(steps[1], steps[0], arguments.rounds)
                     ratios = [own / theirs for own, theirs in zip(*pair, strict=True)]
@@ -139,7 +139,9 @@ def networks(arguments: Any) -> bool:
                 timm.create_model("njet_nin", subsample="pool", order=order, sigma=sigma),
                 timm.create_model("njet_nin_plain"),
             ]
-            ours, theirs = race(*(network_step(network, images, labels, arguments.precision) for network in pair), arguments.rounds)
+            ours, theirs = race(
+                *(network_step(network, images, labels, arguments.precision) for network in pair), arguments.rounds
+            )
             ratios = [own / other for own, other in zip(ours, theirs, strict=True)]
             what = f"step of njet_nin / njet_nin_plain, order {order}, σ = {sigma}"
             passed &= report(what, ratios, NETWORK_TARGETS[order])

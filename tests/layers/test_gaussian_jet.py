@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from baton.layers.gaussian_jet import check_size_rule, gaussian_jet, half_sizes, orders
+from baton.layers.gaussian_jet import check_size_rule, gaussian_jet, gaussian_jet_filters, half_sizes, orders
 
 
 def hermite(m, x):
@@ -32,7 +32,7 @@ def basis(sigma, order, extent=2.0, rule="paper", room=0):
     scales = torch.as_tensor(sigma, dtype=torch.float64).reshape(-1)
     half = half_sizes(scales, extent, rule)
     reach = int(half.max()) + room
-    return gaussian_jet(scales, order, torch.arange(-reach, reach + 1), half)
+    return gaussian_jet(scales, order, reach, half)
 
 
 @pytest.mark.parametrize("sigma", [0.3, 0.5, 0.77, 1.0, 1.5, 2.0, 3.3, 5.0])
@@ -77,11 +77,39 @@ def test_basis_is_a_derivative_of_the_one_before_where_it_is_not_cut_off():
 
 def test_gradient_of_sigma_is_that_of_finite_differences():
     def taps(sigma):
-        return gaussian_jet(sigma, 4, torch.arange(-5, 6), torch.full_like(sigma, 5.0).detach())
+        return gaussian_jet(sigma, 4, 5, torch.full_like(sigma, 5.0).detach())
 
     sigma = torch.tensor([0.4, 1.0, 1.9, 2.4], dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(taps, sigma)
     assert torch.autograd.gradgradcheck(taps, sigma)
+
+
+@pytest.mark.parametrize("order", [0, 1, 3])
+def test_samples_anywhere_are_those_of_the_taps(order):
+    sigma = torch.tensor([0.5, 1.7], dtype=torch.float64, requires_grad=True)
+    half = half_sizes(sigma, 2.0)
+    offsets = torch.tensor([[0, -4, 2], [9, 1, -1]])  # beyond the filter, too, and not all of its taps
+    found = gaussian_jet(sigma, order, 5, half, offsets)
+    taps = torch.cat([gaussian_jet(sigma, order, 5, half), torch.zeros(2, order + 1, 5)], 2)
+    assert found.shape == (2, order + 1, 2, 3)
+    torch.testing.assert_close(found, taps[:, :, offsets + 5], rtol=1e-13, atol=1e-13)
+    assert torch.autograd.gradcheck(lambda s: gaussian_jet(s, order, 5, half, offsets), sigma)
+    assert torch.autograd.gradgradcheck(lambda s: gaussian_jet(s, order, 5, half, offsets), sigma)
+
+
+def test_filters_are_products_of_the_taps():
+    sigma = torch.tensor([0.5, 1.1], dtype=torch.float64, requires_grad=True)
+    half = half_sizes(sigma, 2.0)
+    taps = gaussian_jet(sigma, 3, 3, half)
+    expected = torch.stack([taps[:, i, :, None] * taps[:, j, None] for i, j in orders(3)], 1)
+    torch.testing.assert_close(gaussian_jet_filters(sigma, 3, 3, half), expected, rtol=1e-13, atol=1e-13)
+    assert torch.autograd.gradcheck(lambda s: gaussian_jet_filters(s, 3, 3, half), sigma)
+    assert torch.autograd.gradgradcheck(lambda s: gaussian_jet_filters(s, 3, 3, half), sigma)
+
+
+def test_scales_that_stay_have_no_gradient():
+    sigma = torch.tensor([1.0])
+    assert not gaussian_jet(sigma, 2, 2, half_sizes(sigma, 2.0)).requires_grad
 
 
 def test_taps_beyond_the_half_are_zero_and_change_nothing():
@@ -97,7 +125,7 @@ def test_taps_beyond_the_half_are_zero_and_change_nothing():
 
 def test_a_scale_at_any_distance_from_zero_gives_finite_values_and_gradients():
     sigma = torch.tensor([1e-3, 60.0], requires_grad=True)
-    found = gaussian_jet(sigma, 4, torch.arange(-120, 121), half_sizes(sigma, 2.0))
+    found = gaussian_jet(sigma, 4, 120, half_sizes(sigma, 2.0))
     assert torch.isfinite(found).all()
     found.sum().backward()
     assert torch.isfinite(sigma.grad).all()

@@ -10,7 +10,10 @@ with the probabilists' Hermite polynomials He; written with the paper's H_m, it 
 Gaussian g is sampled at whole pixels, cut off after `half` pixels, and divided by its sum, as the published code does.
 """
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -53,23 +56,86 @@ def check_size_rule(rule: str) -> None:
 
 
 def gaussian_jet(
-    sigma: Float[Tensor, " groups"], order: int, offsets: Int[Tensor, " taps"], half: Float[Tensor, " groups"]
-) -> Float[Tensor, "groups orders taps"]:
+    sigma: Float[Tensor, " groups"],
+    order: int,
+    reach: int,
+    half: Float[Tensor, " groups"],
+    offsets: Int[Tensor, "..."] | None = None,
+) -> Float[Tensor, "groups orders ..."]:
     """Sample b_0 to b_order (see the module) for each scale; differentiable in σ, through b_m and its normalisation.
 
     Args:
         sigma: scales, in pixels.
         order: highest derivative.
-        offsets: of the taps from the centre, in pixels; they must cover -half to half.
+        reach: taps to either side of the centre, at least `half`.
         half: of each scale, where its filter is cut off: taps beyond are zero.
+        offsets: where to sample, in pixels from the centre, of any shape; None for every tap, (2 reach + 1,).
     """
-    u = offsets / sigma[:, None]
-    outside = offsets.abs() > half[:, None]
-    g = (-0.5 * u * u).masked_fill(outside, -torch.inf).softmax(1)
-    previous, current = torch.zeros_like(g), g
+    return _Samples.apply(sigma, half, order, reach, offsets, False)
+
+
+def gaussian_jet_filters(
+    sigma: Float[Tensor, " groups"], order: int, reach: int, half: Float[Tensor, " groups"]
+) -> Float[Tensor, "groups basis side side"]:
+    """The products b_i(y) b_j(x) for each scale, in the order of `orders`; arguments as of `gaussian_jet`."""
+    return _Samples.apply(sigma, half, order, reach, None, True)
+
+
+class _Samples(torch.autograd.Function):
+    """Both functions above. Their slopes in σ are made at once, which takes a third of what autograd would launch."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, sigma: Tensor, half: Tensor, order: int, reach: int, offsets: Tensor | None, planar: bool
+    ) -> Tensor:
+        values, slopes = _sample(sigma, half, order, reach, offsets, planar)
+        ctx.save_for_backward(sigma, half, offsets, slopes)
+        ctx.options = order, reach, planar
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        sigma, half, offsets, slopes = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a gradient of this gradient is wanted
+            order, reach, planar = ctx.options
+            slopes = _sample(sigma, half, order, reach, offsets, planar)[1]
+        return (grad * slopes).flatten(1).sum(1), None, None, None, None, None
+
+
+def _sample(
+    sigma: Tensor, half: Tensor, order: int, reach: int, offsets: Tensor | None, planar: bool
+) -> tuple[Tensor, Tensor]:
+    """Samples and their derivatives in σ."""
+    taps = torch.arange(-reach, reach + 1, device=sigma.device)
+    u, bell = _bell(sigma, half, taps)
+    total = bell.sum(1, keepdim=True)
+    spread = (bell * u * u).sum(1, keepdim=True) / total  # the mean of u² under g
+    if offsets is not None:
+        u, bell = _bell(sigma, half, offsets.flatten())
+    g = bell / total
     rows = [g]
     for m in range(order):
         # b_m+1 = -(u b_m + m b_m-1)
-        previous, current = current, -(u * current + m * previous)
-        rows.append(current)
-    return torch.stack(rows, dim=1)
+        rows.append(-(u * rows[m] + m * rows[m - 1]) if m else -u * g)
+    values = torch.stack(rows, 1)
+    # σ d b_m / dσ = m u b_m-1 + (u² - spread) b_m
+    previous = F.pad(values[:, :-1], (0, 0, 1, 0))
+    degrees = torch.arange(order + 1, device=sigma.device)[:, None]
+    u = u[:, None]
+    slopes = (degrees * u * previous + (u * u - spread[:, None]) * values) / sigma[:, None, None]
+    if planar:
+        return _products(values, values), _products(slopes, values) + _products(values, slopes)
+    shape = taps.shape if offsets is None else offsets.shape
+    return values.unflatten(2, shape), slopes.unflatten(2, shape)
+
+
+def _bell(sigma: Tensor, half: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    """Offsets in scales, and the Gaussian there before it is normalised; its centre is 1."""
+    u = offsets / sigma[:, None]
+    return u, (-0.5 * u * u).exp().masked_fill(offsets.abs() > half[:, None], 0.0)
+
+
+def _products(vertical: Tensor, horizontal: Tensor) -> Tensor:
+    """Outer products of all `orders`."""
+    count = vertical.shape[1]
+    return torch.cat([vertical[:, i, None, :, None] * horizontal[:, : count - i, None] for i in range(count)], 1)

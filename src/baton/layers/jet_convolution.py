@@ -12,33 +12,26 @@ where α_ij, (out, in), mixes channels: matrix products alone, of a size that σ
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from baton.layers.gaussian_jet import orders
 
-#: Up to so many input channels (of a group) all maps are mixed in one product, as products of so few rows are slow.
-_FEW_CHANNELS = 16
 
-
-def toeplitz(
-    taps: Float[Tensor, "orders taps"], side: int, out_side: int, stride: int, first: int
-) -> Float[Tensor, "orders out_side side"]:
-    """Matrices that convolve a column of `side` pixels with each row of taps; zeros lie beyond the border.
+def toeplitz_offsets(
+    side: int, out_side: int, stride: int, first: int, device: torch.device | None = None
+) -> Int[Tensor, "out_side side"]:
+    """From the centre of every output to every pixel: a row of taps sampled there is a matrix that convolves with it.
 
     Args:
-        taps: an odd number, the centre in the middle.
         side: pixels that enter.
         out_side: pixels that leave.
         stride: pixels from one output to the next.
         first: pixel at which the first output is centred.
+        device: where they are made.
     """
-    reach = taps.shape[1] // 2
-    centres = first + stride * torch.arange(out_side, device=taps.device)
-    offsets = torch.arange(side, device=taps.device) - centres[:, None]
-    # a zero at either end stands for all that lies beyond
-    return F.pad(taps, (1, 1))[:, (offsets + reach + 1).clamp(0, 2 * reach + 2)]
+    centres = first + stride * torch.arange(out_side, device=device)
+    return torch.arange(side, device=device) - centres[:, None]
 
 
 def jet_convolution(
@@ -70,25 +63,17 @@ def _composed(x: Tensor, alpha: Tensor, columns: Tensor, rows: Tensor, groups: i
 
 
 class _JetConvolution(torch.autograd.Function):
+    """Rows first, all orders at once, then what has the same horizontal order j together: few and large products."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, alpha: Tensor, columns: Tensor, rows: Tensor, groups: int) -> Tensor:
         ctx.save_for_backward(x, alpha, columns, rows)
         ctx.groups = groups
-        x = x.contiguous()
-        batch, channels = x.shape[:2]
-        height, width = columns.shape[1], rows.shape[1]
-        mixing = alpha.unflatten(1, (groups, -1))  # (k, g, o, c)
-        if channels // groups <= _FEW_CHANNELS:
-            maps = _all_maps(x, columns, rows).unflatten(2, (groups, -1))  # (b, k, g, c, h, w)
-            flat = maps.transpose(1, 2).reshape(batch, groups, -1, height * width)  # (b, g, k c, h w)
-            y = mixing.permute(1, 2, 0, 3).flatten(2) @ flat
-            return y.view(batch, -1, height, width)
+        batch, height, width = len(x), columns.shape[1], rows.shape[1]
         y = x.new_zeros(batch * groups, alpha.shape[1] // groups, height * width)
-        for k, (_, _, _, h) in enumerate(_maps(x, columns, rows)):
-            weight = (
-                mixing[k].expand(batch, -1, -1, -1).flatten(0, 1) if groups > 1 else mixing[k].expand(batch, -1, -1)
-            )
-            y.baddbmm_(weight, h.view(batch * groups, -1, height * width))
+        for j, part in enumerate(_by_rows(x, rows)):
+            maps, mixing = _stacked(columns, j) @ part, _mixing(alpha, len(rows) - 1, j, groups)
+            y.baddbmm_(mixing.repeat(batch, 1, 1), maps.view(batch * groups, -1, height * width))
         return y.view(batch, -1, height, width)
 
     @staticmethod
@@ -99,51 +84,59 @@ class _JetConvolution(torch.autograd.Function):
             y = _composed(x, alpha, columns, rows, ctx.groups)
             found = iter(torch.autograd.grad(y, inputs, grad, create_graph=True))
             return *(next(found) if needed else None for needed in ctx.needs_input_grad[:4]), None
-        return *_gradients(
-            x.contiguous(), alpha, columns, rows, ctx.groups, grad.contiguous(), ctx.needs_input_grad
-        ), None
+        return *_gradients(x, alpha, columns, rows, ctx.groups, grad.contiguous(), ctx.needs_input_grad), None
 
 
-def _maps(x: Tensor, columns: Tensor, rows: Tensor) -> Any:
-    """Yield i, j, the map after the column and that after column and row, of every basis filter."""
-    last = None
-    for i, j in orders(len(rows) - 1):
-        if i != last:
-            v, last = torch.matmul(columns[i], x), i
-        yield i, j, v, torch.matmul(v, rows[j].T)
+def _by_rows(x: Tensor, rows: Tensor) -> tuple[Tensor, ...]:
+    """Maps convolved with the rows of every order, each (batch · channels, height, out_width)."""
+    flat = x.contiguous().flatten(0, 1)
+    return (flat @ rows.flatten(0, 1).T).split(rows.shape[1], 2)
 
 
-def _all_maps(x: Tensor, columns: Tensor, rows: Tensor) -> Tensor:
-    return torch.stack([h for _, _, _, h in _maps(x, columns, rows)], dim=1)
+def _stacked(columns: Tensor, j: int) -> Tensor:
+    """The columns of the orders that go with a horizontal order j, one below the other."""
+    return columns[: len(columns) - j].flatten(0, 1)
+
+
+def _places(last: int, j: int) -> list[int]:
+    """Where the basis filters of the horizontal order j are."""
+    return [k for k, (_, horizontal) in enumerate(orders(last)) if horizontal == j]
+
+
+def _mixing(alpha: Tensor, last: int, j: int, groups: int) -> Tensor:
+    """Weights of the maps of horizontal order j: (groups, out, channels · orders)."""
+    return torch.stack([alpha[k] for k in _places(last, j)], -1).unflatten(0, (groups, -1)).flatten(2)
 
 
 def _gradients(
     x: Tensor, alpha: Tensor, columns: Tensor, rows: Tensor, groups: int, grad: Tensor, needed: Any
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, alpha, columns and rows, as far as they are needed; those of both matrices come together."""
-    batch, height, width = len(x), columns.shape[1], rows.shape[1]
-    of_x = torch.zeros_like(x) if needed[0] else None
-    of_alpha = torch.empty_like(alpha) if needed[1] else None
+    batch, channels, last = *x.shape[:2], len(rows) - 1
+    g = grad.view(batch * groups, alpha.shape[1] // groups, -1)
     taps = needed[2] or needed[3]
-    of_columns, of_rows = (torch.zeros_like(columns), torch.zeros_like(rows)) if taps else (None, None)
-    mixing = alpha.unflatten(1, (groups, -1))
-    g = grad.view(batch, groups, -1, height * width)
-    of_v = None
-    for k, (i, j, v, h) in enumerate(_maps(x, columns, rows)):
-        if of_alpha is not None:
-            found = g @ h.view(batch, groups, -1, height * width).transpose(2, 3)  # (b, g, o, c)
-            of_alpha[k] = found.sum(0).flatten(0, 1)
+    of_columns = torch.zeros_like(columns) if taps else None
+    of_alpha: dict[int, Tensor] = {}
+    of_parts = []
+    for j, part in enumerate(_by_rows(x, rows)):
+        stacked = _stacked(columns, j)
+        if needed[1]:
+            maps = (stacked @ part).view(batch * groups, -1, g.shape[2])
+            found = (g @ maps.transpose(1, 2)).unflatten(0, (batch, groups)).sum(0)  # (g, o, c orders)
+            by_order = found.unflatten(2, (channels // groups, -1)).flatten(0, 1).unbind(2)
+            of_alpha.update(zip(_places(last, j), by_order, strict=True))
         if not (taps or needed[0]):
             continue
-        of_h = (mixing[k].transpose(1, 2) @ g).view(h.shape)  # (b, c, h, w)
-        if of_rows is not None:
-            of_rows[j] += of_h.flatten(0, 2).T @ v.flatten(0, 2)
-        step = torch.matmul(of_h, rows[j])
-        of_v = step if of_v is None else of_v.add_(step)
-        if j == len(rows) - 1 - i:  # the last of this i
-            if of_columns is not None:
-                of_columns[i] += torch.einsum("bchw,bcqw->hq", of_v, x)
-            if of_x is not None:
-                of_x += torch.matmul(columns[i].T, of_v)
-            of_v = None
-    return of_x, of_alpha, of_columns, of_rows
+        mixing = _mixing(alpha, len(rows) - 1, j, groups).transpose(1, 2)
+        of_maps = (mixing.repeat(batch, 1, 1) @ g).view(batch * channels, len(stacked), -1)
+        of_parts.append(stacked.T @ of_maps)
+        if of_columns is not None:
+            summed = torch.einsum("npw,nhw->ph", of_maps, part)
+            of_columns[: last + 1 - j] += summed.view(-1, *columns.shape[1:])
+    of_x, of_rows = None, None
+    if of_parts:
+        of_all = torch.cat(of_parts, 2).flatten(0, 1)
+        of_x = (of_all @ rows.flatten(0, 1)).view(x.shape) if needed[0] else None
+        of_rows = (of_all.T @ x.reshape(-1, x.shape[3])).view(rows.shape) if taps else None
+    weights = torch.stack([of_alpha[k] for k in range(len(alpha))]) if of_alpha else None
+    return of_x, weights, of_columns, of_rows

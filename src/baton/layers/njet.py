@@ -9,13 +9,16 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from baton.layers.gaussian_jet import check_size_rule, gaussian_jet, half_sizes, orders
+from baton.layers.gaussian_jet import check_size_rule, gaussian_jet, gaussian_jet_filters, half_sizes, orders
 from baton.layers.host_value import HostValue
-from baton.layers.jet_convolution import jet_convolution, toeplitz
+from baton.layers.jet_convolution import jet_convolution, toeplitz_offsets
 
 EVALUATIONS = ("auto", "filters", "separable")
 #: By how much a scale may grow between two looks at an accelerator before its filters are cut off.
 _HEADROOM = 1.2
+#: How much slower a multiplication is in separable evaluation, as measured (benchmarks/njet.py): 1.5 to 2.3 on a CPU, 2
+#: to 5 on a GPU with 192 channels in lower precision, more where a layer is too small to keep it busy.
+_SLOWER, _SLOWER_ON_ACCELERATORS = 2.0, 3.0
 #: Parts of an octave in which compiled graphs know a scale.
 _OCTAVE = 1024
 
@@ -209,8 +212,7 @@ class NJetConv2d(nn.Module):
         """The largest of what α of variance 1 makes of white noise of variance 1, and of a constant map of 1."""
         sigma = torch.tensor([self._initial_sigma], dtype=torch.float64, device="cpu")  # whatever the default is
         half = half_sizes(sigma, self.extent, self.size_rule)
-        offsets = torch.arange(-int(half), int(half) + 1, device="cpu")
-        taps = gaussian_jet(sigma, self.order, offsets, half)[0]
+        taps = gaussian_jet(sigma, self.order, int(half), half)[0]
         gains = [(taps.square().sum(1)).tolist(), taps.sum(1).square().tolist()]
         return max(sum(gain[i] * gain[j] for i, j in orders(self.order)) for gain in gains)
 
@@ -221,47 +223,43 @@ class NJetConv2d(nn.Module):
         sigma = 2.0 ** max(self._host_sigma.values) * (1.0 if exact else _HEADROOM)
         return int(half_sizes(torch.tensor(sigma, dtype=torch.float64, device="cpu"), self.extent, self.size_rule))
 
-    def _basis(self, reach: int) -> Float[Tensor, "sigma_groups orders taps"]:
-        sigma = self.sigma
-        half = half_sizes(sigma, self.extent, self.size_rule).clamp(max=reach)
-        offsets = torch.arange(-reach, reach + 1, device=sigma.device)
-        return gaussian_jet(sigma, self.order, offsets, half)
+    def _half(self, reach: int) -> Float[Tensor, " sigma_groups"]:
+        """Where the filters of each scale are cut off, at the latest at `reach`."""
+        return half_sizes(self.sigma, self.extent, self.size_rule).clamp(max=reach)
 
     def _filters(self, reach: int) -> Float[Tensor, "out_channels group_channels side side"]:
-        taps = self._basis(reach)
-        vertical, horizontal = zip(*orders(self.order), strict=True)
-        basis = taps[:, vertical, :, None] * taps[:, horizontal, None, :]  # (sigma_groups, basis, side, side)
-        alpha = self.weight.to(taps.dtype).view(self.sigma_groups, -1, self.weight.shape[2])
+        basis = gaussian_jet_filters(self.sigma, self.order, reach, self._half(reach))
+        alpha = self.weight.to(basis.dtype).view(self.sigma_groups, -1, self.weight.shape[2])
         made = alpha @ basis.flatten(2)  # (sigma_groups, out x in / sigma_groups, side²)
         return made.view(*self.weight.shape[:2], 2 * reach + 1, 2 * reach + 1)
 
+    def _matrices(
+        self, height: int, width: int, reach: int, padding: int
+    ) -> list[Float[Tensor, "sigma_groups orders out side"]]:
+        """What convolves columns, and rows, with each derivative."""
+        sigma, half = self.sigma, self._half(reach)
+        made: dict[int, Tensor] = {}
+        for side in {height, width}:
+            out = (side + 2 * padding - 2 * reach - 1) // self.stride + 1
+            offsets = toeplitz_offsets(side, out, self.stride, reach - padding, sigma.device)
+            made[side] = gaussian_jet(sigma, self.order, reach, half, offsets)
+        return [made[height], made[width]]
+
     def _separable(self, x: Tensor, reach: int, padding: int) -> Tensor:
         """Convolve without making filters, one group of scales after the other."""
-        sides = [(side + 2 * padding - 2 * reach - 1) // self.stride + 1 for side in x.shape[2:]]
-        first = reach - padding
-        alpha = self.weight.to(x.dtype).permute(2, 0, 1)
-        parts = []
-        for taps, mixing in zip(self._basis(reach), alpha.chunk(self.sigma_groups, 1), strict=True):
-            columns, rows = (
-                toeplitz(taps, side, out, self.stride, first).to(x.dtype)
-                for side, out in zip(x.shape[2:], sides, strict=True)
-            )
-            parts.append(jet_convolution(x, mixing.contiguous(), columns, rows, self.groups))
+        columns, rows = (t.to(x.dtype) for t in self._matrices(x.shape[2], x.shape[3], reach, padding))
+        alpha = self.weight.to(x.dtype).permute(2, 0, 1).chunk(self.sigma_groups, 1)
+        parts = [jet_convolution(x, alpha[k], columns[k], rows[k], self.groups) for k in range(self.sigma_groups)]
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
     def _is_separable(self, height: int, width: int, side: int) -> bool:
-        """Choose the evaluation: both costs are multiplications for an output of each input channel.
-
-        The factor between them, of products that are smaller or less local, was measured (benchmarks/njet.py).
-        """
+        """Choose the evaluation by what both take, and by how much slower small products are than a convolution."""
         if self.evaluation != "auto":
             return self.evaluation == "separable"
         if torch.compiler.is_exporting() or (self.sigma_groups > 1 and self.groups > 1):
             return False
-        mixed = self.out_channels // self.groups
-        factor = 2.0 if self.in_channels // self.groups <= 16 else 5.5 if mixed <= 32 else 3.5
         filters, separable = self._multiplications(height, width, side)
-        return filters > factor * separable
+        return filters > (_SLOWER if self.weight.device.type == "cpu" else _SLOWER_ON_ACCELERATORS) * separable
 
     def _multiplications(self, height: int, width: int, side: int) -> tuple[int, int]:
         """What either evaluation takes for an output of each input channel."""

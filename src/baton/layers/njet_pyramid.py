@@ -9,9 +9,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from baton.layers.gaussian_jet import gaussian_jet, half_sizes, orders
+from baton.layers.gaussian_jet import gaussian_jet_filters, half_sizes
 from baton.layers.host_value import HostValue
-from baton.layers.jet_convolution import toeplitz
 from baton.layers.njet import NJetConv2d
 
 
@@ -99,38 +98,28 @@ class NJetPyramid2d(NJetConv2d):
         sigma = torch.tensor(self.sigmas or (self._initial_sigma,), dtype=torch.float64, device="cpu")
         half = half_sizes(sigma, self.extent, self.size_rule)
         reach = int(half.max())
-        taps = gaussian_jet(sigma, self.order, torch.arange(-reach, reach + 1, device="cpu"), half)
-        basis = self._summed(taps)
+        basis = gaussian_jet_filters(sigma, self.order, reach, half).sum(0)
         return max(float(basis.square().sum()), float(basis.sum((1, 2)).square().sum()))
 
-    def _summed(self, taps: Float[Tensor, "scales orders taps"]) -> Float[Tensor, "basis taps taps"]:
-        """The basis filters, summed over the scales."""
-        vertical, horizontal = zip(*orders(self.order), strict=True)
-        return torch.einsum("sky,skx->kyx", taps[:, vertical], taps[:, horizontal])
-
     def _filters(self, reach: int) -> Float[Tensor, "out_channels group_channels side side"]:
-        basis = self._summed(self._basis(reach))
+        basis = gaussian_jet_filters(self.sigma, self.order, reach, self._half(reach)).sum(0)
         made = self.weight.to(basis.dtype) @ basis.flatten(1)
         return made.view(*self.weight.shape[:2], 2 * reach + 1, 2 * reach + 1)
 
     def _separable(self, x: Tensor, reach: int, padding: int) -> Tensor:
-        sides = [(side + 2 * padding - 2 * reach - 1) // self.stride + 1 for side in x.shape[2:]]
+        matrices = (t.to(x.dtype) for t in self._matrices(x.shape[2], x.shape[3], reach, padding))
         mixing = self.weight.to(x.dtype).transpose(1, 2).flatten(0, 1)  # (out x basis, in / groups)
         mixed = F.conv2d(x, mixing[:, :, None, None], groups=self.groups)
         z = mixed.unflatten(1, (self.out_channels, -1)).transpose(2, 3)  # (b, out, h, basis, w)
-        y = x.new_zeros(len(x), self.out_channels, *sides)
-        for taps in self._basis(reach):
-            columns, rows = (
-                toeplitz(taps, side, out, self.stride, reach - padding).to(x.dtype)
-                for side, out in zip(x.shape[2:], sides, strict=True)
-            )
+        parts = []
+        for columns, rows in zip(*matrices, strict=True):
             first = 0
             for i in range(self.order + 1):
                 count = self.order + 1 - i  # of horizontal orders beside this vertical one
                 part = z[:, :, :, first : first + count].flatten(3)  # (b, out, h, count x w)
-                y = y + columns[i] @ (part @ rows[:count].transpose(1, 2).flatten(0, 1))
+                parts.append(columns[i] @ (part @ rows[:count].transpose(1, 2).flatten(0, 1)))
                 first += count
-        return y
+        return sum(parts[1:], parts[0])
 
     def _is_separable(self, height: int, width: int, side: int) -> bool:
         """Choose the evaluation by multiplications an output, of which matrices' are less local."""

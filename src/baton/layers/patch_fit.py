@@ -27,7 +27,7 @@ def patch_basis(height: int, width: int, order: int, sigma: float) -> Float[Tens
         raise ValueError(f"Expected an order of 0 or more and a scale sigma above 0, but got {order} and {sigma}.")
     scale = torch.tensor([sigma], dtype=torch.float64)
     columns, rows = (
-        gaussian_jet(scale, order, torch.arange(-half, half + 1), torch.tensor([float(half)], dtype=torch.float64))[0]
+        gaussian_jet(scale, order, half, torch.tensor([float(half)], dtype=torch.float64))[0]
         for half in (height // 2, width // 2)
     )
     return torch.stack([columns[i, :, None] * rows[j] for i, j in orders(order)])
