@@ -86,6 +86,9 @@ class SafeSubsample(nn.Module):
 class SubsampledNJet(nn.Module):
     """An N-Jet convolution whose own scale subsamples: the paper's rule its output, the code's its input.
 
+    A compiled network is compiled anew where its scales have moved since the mode was last set, once an epoch at most;
+    after `torch._dynamo.config.recompile_limit` times it goes on without compilation.
+
     Args:
         conv: the convolution, which keeps the side of maps.
         subsample: how.
