@@ -47,7 +47,7 @@ def corrupt(
 
 
 class Decoder(nn.Module):
-    """From the backbone's last map, of any size, to an image of any size: convolutions between doublings, widths halving.
+    """From a backbone's last map, of any size, to an image of any size: convolutions between doublings, widths halving.
 
     There are as many doublings as it takes to undo `reduction`. A map that turns out larger, as learned scales may make
     it from one step to the next, is not doubled any more once it is as large as the image; what the doublings end at is
