@@ -136,8 +136,9 @@ class MirroredStage(nn.Module):
 class MirroredDecoder(nn.Module):
     """A decoder of a whole row: for VGG-16, 13 convolutions and 14,714,179 parameters.
 
-    Weights are Kaiming normal over the inputs (of N-Jet layers: their own default), biases zero. (The published code draws them with a standard deviation of
-    0.001, for which step 2 of its recipe, training the stages one by one, is indispensable.)
+    Weights are Kaiming normal over the inputs (of N-Jet layers: their own default), biases zero. (The published code
+    draws them with a standard deviation of 0.001, for which step 2 of its recipe, training the stages one by one, is
+    indispensable.)
 
     Args:
         row: of the encoder.

@@ -81,8 +81,8 @@ class Reconstruction(Task):
         self.decoder = MirroredDecoder(self.row, "known" if autoencoder == "swwae" else "fixed", depth)
         if autoencoder == "swwae" and not self.row.has_switches:
             rank_zero_warn(
-                f"The backbone {self.hparams['backbone']} has no max-pooling whose switches swwae could use: it decodes "
-                "as model.autoencoder=sae does."
+                f"The backbone {self.hparams['backbone']} has no max-pooling whose switches swwae could use: it "
+                "decodes as model.autoencoder=sae does."
             )
         self.weights = self._make_weights(weights)
         if frozen:
