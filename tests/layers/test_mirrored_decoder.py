@@ -7,7 +7,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import baton  # noqa: F401
+from baton.layers import NJetConv2d, SafeSubsample, fold
+from baton.layers.gaussian_jet import orders
 from baton.layers.mirrored_decoder import MirroredDecoder, PlainRow
+from baton.layers.subsampling import SubsampledNJet
 
 PLAIN = {
     "vgg16": (5, 64, {}),
@@ -17,6 +20,9 @@ PLAIN = {
     "nin": (3, 32, {"width": 0.1}),
     "allcnn": (3, 32, {"width": 0.1}),
     "alexnet_bn": (3, 67, {"width": 0.1}),
+    "njet_nin": (4, 32, {"width": 0.1}),
+    "njet_allcnn": (8, 32, {"width": 0.1}),
+    "converted": (5, 32, {"base": "vgg16_small", "base_kwargs": {"width": 0.1}}),
 }
 
 
@@ -195,3 +201,107 @@ def test_what_is_no_row_is_refused():
 
     with pytest.raises(ValueError, match="Scaled has branches or computes something between"):
         PlainRow(Scaled(nn.Conv2d(3, 3, 1)), 8)
+
+
+# ------------------------------------------------------------------------------------------------------- N-Jet layers
+
+
+def jets(rule="paper", r=2.0):
+    """N-Jet layers that subsample, that do not, and that have a stride."""
+    torch.manual_seed(0)
+    options = {"order": 2, "sigma": 1.3}
+    return Row(
+        SubsampledNJet(NJetConv2d(3, 4, **options), SafeSubsample(r, rule)), nn.BatchNorm2d(4), nn.ReLU(),
+        nn.Conv2d(4, 6, 1), nn.ReLU(), NJetConv2d(6, 4, bias=False, **options), nn.ReLU(),
+        NJetConv2d(4, 8, stride=2, groups=2, **options), nn.ReLU(),
+        nn.Conv2d(8, 5, 1), nn.ReLU(),
+    ).double().eval()  # fmt: skip
+
+
+def naive_nearest(x, size):
+    """Copy the cell that a place lies in, counted in whole numbers."""
+    rows, columns = (
+        torch.tensor([place * side // wanted for place in range(wanted)])
+        for side, wanted in zip(x.shape[2:], size, strict=True)
+    )
+    return x[:, :, rows][:, :, :, columns]
+
+
+def naive_jet(x, layer):
+    filters = layer.filters()
+    return F.conv2d(x, filters, layer.bias, padding=filters.shape[-1] // 2, groups=layer.groups)
+
+
+@pytest.mark.parametrize("rule", ["paper", "code"])
+def test_njet_layers_are_mirrored_by_njet_layers_while_sides_change(rule):
+    network = jets(rule)
+    row = PlainRow(network, 16)
+    decoder = MirroredDecoder(row, "known").double()
+    assert [len(segment) for segment in row.segments] == [3, 6, 2]
+    assert not row.has_switches
+    up, strided, jet, conv, last = (
+        decoder.stages[stage].steps[step] for stage, step in ((0, 0), (1, 0), (1, 2), (1, 4), (2, 0))
+    )
+    drawn(decoder)
+    x, sides = images(2, 3, 17, 14), []
+    for encoders, decoders in ((1.3, 1.3), (3.1, 0.7), (0.4, 2.2)):
+        with torch.no_grad():
+            network.layers[0].conv.log2_sigma.fill_(encoders).log2_()
+            up.conv.log2_sigma.fill_(decoders).log2_()
+        taps = row(x)
+        small = taps[0].map.shape[2:]
+        sides.append(tuple(small))
+        assert torch.equal(taps[-1].map, network.forward_features(x))
+        first = F.relu(F.conv2d(taps[2].map, last.weight, last.bias))
+        second = F.relu(naive_jet(naive_nearest(first, small), strided.conv))
+        second = F.relu(naive_jet(second, jet.conv))
+        second = F.relu(F.conv2d(second, conv.weight, conv.bias))
+        picture = naive_jet(naive_nearest(second, (17, 14)), up.conv)
+        if rule == "code":
+            picture = naive_nearest(naive_jet(second, up.conv), (17, 14))
+        outputs = decoder.top_down(taps)
+        torch.testing.assert_close(outputs, [picture, second, first])
+        assert [o.shape for o in decoder.layerwise(taps)] == [o.shape for o in outputs]
+    assert len(set(sides)) == 3
+
+
+def test_a_mirrored_njet_layer_is_like_the_encoders_and_can_be_its_adjoint():
+    torch.manual_seed(0)
+    layer = NJetConv2d(4, 6, 3, 1.7, extent=2.5, groups=2, size_rule="code", learn_sigma=False, bias=False).double()
+    with torch.no_grad():
+        layer.log2_sigma += 0.5
+    decoder = MirroredDecoder(PlainRow(Row(nn.Conv2d(3, 4, 1).double(), layer), 16), "fixed")
+    back = decoder.stages[0].steps[0].conv
+    assert (back.in_channels, back.out_channels, back.order, back.extent, back.groups) == (6, 4, 3, 2.5, 2)
+    assert back.size_rule == "code"
+    assert not back.log2_sigma.requires_grad
+    torch.testing.assert_close(back.sigma, layer.sigma)
+    assert back.weight.dtype == torch.float64
+    signs = torch.tensor([(-1.0) ** (i + j) for i, j in orders(3)], dtype=torch.float64)
+    with torch.no_grad():  # within each group, channels change places
+        back.weight.copy_((layer.weight * signs).view(2, 3, 2, -1).transpose(1, 2).reshape(back.weight.shape))
+    x, y = images(2, 4, 12, 9), images(2, 6, 12, 9) ** 2
+    torch.testing.assert_close((layer(x) * y).sum(), (x * decoder.stages[0].steps[0](y, (12, 9))).sum())
+
+
+@pytest.mark.parametrize(
+    ("subsample", "segments", "switches"), [("safe", 4, False), ("pool", 3, True), ("none", 1, False)]
+)
+def test_switches_are_those_of_max_poolings(subsample, segments, switches):
+    row = PlainRow(timm.create_model("njet_nin", width=0.1, subsample=subsample).eval(), 32)
+    assert (len(row.segments), row.has_switches) == (segments, switches)
+    taps = row(torch.randn(2, 3, 21, 34))
+    one, other = MirroredDecoder(row, "known"), MirroredDecoder(row, "fixed")
+    other.load_state_dict(one.state_dict())
+    pictures = [decoder.top_down(taps)[0] for decoder in (one, other)]
+    assert pictures[0].shape == (2, 3, 21, 34)
+    assert torch.equal(*pictures) == (not switches)
+
+
+def test_njet_layers_without_a_mirror_are_refused():
+    with pytest.raises(ValueError, match="has a NJetConv2d without padding: use a plain network"):
+        PlainRow(Row(NJetConv2d(3, 3, padding="valid")), 16)
+    with pytest.raises(ValueError, match="has a SafeSubsample: use a plain network"):
+        PlainRow(fold(jets()), 16)
+    with pytest.raises(ValueError, match="NJetResNet has a ResizedShortcut: use a plain network"):
+        PlainRow(timm.create_model("njet_resnet32"), 32)

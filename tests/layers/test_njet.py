@@ -264,6 +264,18 @@ def test_maps_that_do_not_fit_are_refused():
         ours(torch.zeros(1, 3, 9, 9))
 
 
+@pytest.mark.parametrize("diverged", [17.0, 5000.0, float("inf"), float("nan")])
+def test_a_scale_that_diverged_is_an_error(diverged):
+    layer = NJetConv2d(2, 3)
+    with torch.no_grad():
+        layer.log2_sigma.fill_(diverged)
+    for use in (lambda: layer(torch.zeros(1, 2, 8, 8)), layer.eval, lambda: layer.host_sigma):
+        with pytest.raises(
+            ValueError, match=r"stay below 2\^16 pixels, but training has made it 2\^.*lower the learning"
+        ):
+            use()
+
+
 def test_njet_layers_are_named_in_order():
     model = nn.Sequential(NJetConv2d(1, 1), nn.ReLU(), nn.Sequential(NJetConv2d(1, 2)))
     assert [name for name, _ in njet_layers(model)] == ["0", "2.0"]

@@ -40,6 +40,8 @@ def test_maps_do_not_vanish():
     assert side == 4
     assert subsample(torch.zeros(1, 1, 3, 64), 50.0).shape == (1, 1, 3, 4)  # what is shorter stays
     assert SafeSubsample(min_side=1, rule="code").side(9, 50.0) == 1
+    for rule in ("paper", "code"):
+        assert SafeSubsample(0.5, rule).side(32, 1e6) == 4
 
 
 @pytest.mark.parametrize(

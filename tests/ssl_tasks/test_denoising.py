@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from baton.layers.njet import njet_layers
 from baton.ssl_tasks import Denoising
 from baton.ssl_tasks.denoising import Decoder, TransposedDecoder, corrupt
-from tiny import WRN, Arrays, fit, same, state, trainer
+from baton.supervised import Classification, Segmentation
+from tiny import WRN, Arrays, MaskArrays, fit, same, state, trainer
 
 BACKBONES = {
     "wide_resnet": (WRN["backbone_kwargs"], (33, 35)),
@@ -19,6 +21,16 @@ BACKBONES = {
     "test_vit": ({"img_size": [32, 48]}, (32, 48)),
     "test_convnext": ({}, (33, 35)),
     "dae_encoder": ({}, (33, 35)),
+    "njet_nin": ({"width": 0.1}, (33, 35)),
+    "njet_allcnn": ({"width": 0.1}, (33, 35)),
+    "njet_resnet32": ({"depth": 8, "order": 2}, (33, 35)),
+    "njet_efficientnet_b0": ({}, (33, 35)),
+    "converted": ({"base": "test_resnet"}, (33, 35)),
+}
+#: What acts after the last map: ConvNeXt's norm, behind its pooling, and EfficientNet's last convolution.
+UNUSED = {
+    "test_convnext": {"head.norm.weight", "head.norm.bias"},
+    "njet_efficientnet_b0": {"conv_head.weight", "bn2.weight", "bn2.bias"},
 }
 POSTER = {
     "backbone": "dae_encoder", "noise": "salt_and_pepper", "amount": 0.05, "loss": "bce", "decoder": "transposed",
@@ -188,6 +200,24 @@ def test_the_decoder_is_convolutions_between_doublings():
     assert torch.allclose(decoder(features, (12, 16)), decoder.to_image(x))
 
 
+@pytest.mark.parametrize(
+    ("grid", "doublings"), [((3, 4), 2), ((9, 8), 1), ((12, 7), 2), ((13, 15), 1), ((13, 16), 0), ((25, 31), 0)]
+)
+def test_the_decoder_does_not_double_a_map_that_is_as_large_as_the_image(grid, doublings):
+    """Larger maps than the reduction promises come of scales that became smaller."""
+    torch.manual_seed(0)
+    decoder, size = Decoder(5, 4, 32).double(), (12, 16)
+    features = torch.randn(2, 5, *grid, dtype=torch.float64)
+    x = decoder.convs[0](features).clamp_min(0)
+    for number, conv in enumerate(decoder.convs[1:]):
+        if number < doublings:
+            x = x.repeat_interleave(2, 2).repeat_interleave(2, 3)
+        x = conv(x).clamp_min(0)
+    if x.shape[2:] != size:
+        x = F.interpolate(x, size, mode="bilinear")
+    torch.testing.assert_close(decoder(features, size), decoder.to_image(x))
+
+
 def naive_transposed(x, weight, bias):
     """4 x 4, stride 2, padding 1: each cell adds its weighted kernel at twice its place; the border goes."""
     batch, _, height, width = x.shape
@@ -278,8 +308,52 @@ def test_every_parameter_of_the_backbone_gets_a_gradient(name, decoder):
     assert task.reconstruct(clean).shape == clean.shape
     task.losses((clean, torch.zeros(3, dtype=torch.long)))["loss"].backward()
     without = {n for n, p in task.named_parameters() if p.grad is None or not p.grad.any()}
-    # ConvNeXt applies its last norm after pooling, where there is no map any more.
-    assert without == ({"backbone.head.norm.weight", "backbone.head.norm.bias"} if name == "test_convnext" else set())
+    assert without == {f"backbone.{parameter}" for parameter in UNUSED.get(name, ())}
+
+
+@pytest.mark.parametrize("decoder", ["resize", "transposed"])
+def test_scales_may_change_the_side_of_the_map_from_step_to_step(decoder):
+    """Before training, after scales that shrink the map to its least side, and after scales that leave it whole."""
+    torch.manual_seed(0)
+    task = Denoising(backbone="njet_nin", backbone_kwargs={"width": 0.1}, decoder=decoder, loss="mse").double()
+    clean = images(3, (33, 35)).double()
+    optimizer, sides = torch.optim.SGD(task.parameters(), 0.01), []
+    for sigma in (1.0, 9.0, 0.01):
+        with torch.no_grad():
+            for _, layer in njet_layers(task.backbone):
+                layer.log2_sigma.fill_(math.log2(sigma))
+        features = task.feature_map(clean)
+        sides.append(tuple(features.shape[2:]))
+        assert task.reconstruct(clean).shape == clean.shape
+        optimizer.zero_grad()
+        loss = task.losses((clean, torch.zeros(3, dtype=torch.long)))["loss"]
+        loss.backward()
+        assert loss.isfinite()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in task.parameters())
+        optimizer.step()
+    assert sides == [(20, 20), (4, 4), (33, 35)]
+
+
+def test_a_backbone_whose_scales_were_learned_is_handed_on(tmp_path):
+    options = {"backbone": "njet_nin", "backbone_kwargs": {"width": 0.1}}
+    task = Denoising(**options)
+    with torch.no_grad():
+        for _, layer in njet_layers(task.backbone):
+            layer.log2_sigma.fill_(math.log2(3.0))
+    runner = trainer(1)
+    runner.fit(task, datamodule=Arrays(16, val=8, size=(33, 35)), weights_only=True)
+    runner.save_checkpoint(path := tmp_path / "last.ckpt")
+    for made in (Classification, Segmentation, Denoising):
+        following = made(init_from=str(path))
+        assert same(state(task.backbone), state(following.backbone))
+        data = MaskArrays(8, val=8, size=(33, 35)) if made is Segmentation else Arrays(8, val=8, size=(33, 35))
+        fit(following, data, 1)
+        assert all(
+            not torch.equal(a, b)
+            for (_, a), (_, b) in zip(
+                following.backbone.named_parameters(), task.backbone.named_parameters(), strict=False
+            )
+        )
 
 
 def test_training_lowers_the_loss():

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from baton.layers.njet import njet_layers
 from baton.optim import Optimizer
 from baton.ssl_tasks import Reconstruction
 from baton.supervised import Classification
@@ -142,6 +143,47 @@ def test_depth_leaves_the_upper_part_out():
     with torch.no_grad():
         expected = model.decoder.layerwise(model.row(model.normalize(images)))[0] + model.mean
         torch.testing.assert_close(model(images), expected)
+
+
+@pytest.mark.parametrize("variant", ["first", "all", "layerwise"])
+def test_scales_may_change_the_sides_of_maps_from_step_to_step(variant):
+    """Before training, after scales that shrink maps to their least side, and after scales that leave them whole."""
+    model = task(backbone="njet_nin", autoencoder="sae", variant=variant, classification_weight=1.0, num_classes=3)
+    model.configure_model()
+    model.double()
+    images, labels = batch(side=25)
+    images, sides = images.double(), []
+    optimizer = torch.optim.SGD(model.parameters(), 0.001)
+    for sigma in (1.0, 9.0, 0.01):
+        with torch.no_grad():
+            for _, layer in njet_layers(model.backbone):
+                layer.log2_sigma.fill_(np.log2(sigma))
+        sides.append([tap.map.shape[-1] for tap in model.row(model.normalize(images))])
+        assert model(images).shape == images.shape
+        optimizer.zero_grad()
+        losses = model.losses((images, labels))
+        losses["loss"].backward()
+        assert all(value.isfinite() for value in losses.values())
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+        optimizer.step()
+    assert sides == [[21, 18, 15, 15], [5, 4, 4, 4], [25, 25, 25, 25]]
+
+
+def test_swwae_without_switches_is_sae_and_says_so(recwarn):
+    with pytest.warns(UserWarning, match="njet_nin has no max-pooling whose switches swwae could use"):
+        swwae = task(backbone="njet_nin").eval()
+    recwarn.clear()
+    sae = task(backbone="njet_nin", autoencoder="sae").eval()
+    task(autoencoder="swwae")
+    assert not [warning for warning in recwarn if "switches" in str(warning.message)]
+    assert same(state(sae), state(swwae))
+    assert torch.equal(sae(batch()[0]), swwae(batch()[0]))
+
+
+def test_a_network_with_njet_layers_learns_to_reconstruct():
+    model = task(backbone="njet_nin", autoencoder="sae", optimizer=Optimizer("adamw", 0.003))
+    rows = fit(model, Arrays(20, val=9, num_classes=0), 8, log_every_n_steps=1)
+    assert rows.column("train/loss")[-1] < 0.7 * rows.column("train/loss")[0]
 
 
 # ------------------------------------------------------------------------------------------ what passes on to the next

@@ -14,11 +14,15 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from baton.layers.njet import NJetConv2d
+from baton.layers.subsampling import SubsampledNJet
 from baton.layers.unpooling import SwitchedMaxPool2d, SwitchedUnpool2d, Switches
 
 #: Layers that a decoder leaves out, because what they do has no inverse worth learning.
 _LEFT_OUT = (nn.BatchNorm2d, nn.ReLU, nn.Dropout, nn.Dropout2d, nn.Identity)
 _POOLINGS = (nn.MaxPool2d, nn.AvgPool2d)
+_JETS = (NJetConv2d, SubsampledNJet)
+_CONVOLUTIONS = (nn.Conv2d, *_JETS)
 
 
 class Tap(NamedTuple):
@@ -35,6 +39,8 @@ class Tap(NamedTuple):
 class PlainRow:
     """The layers of an encoder, in segments that end with a pooling; where there is none, with a strided convolution.
 
+    An N-Jet layer is a convolution, and one that subsamples is a strided one, whose side may change from call to call.
+
     It holds the encoder's own layers, but for max-poolings, which have to tell where the maxima were. It has no
     parameters and is not a module, so that nothing is saved twice. What follows the last pooling, if there are
     convolutions, is a segment as well.
@@ -44,7 +50,8 @@ class PlainRow:
         side: of an image that it can take, in pixels.
 
     Raises:
-        ValueError: the network computes something else than a row of convolutions, norms, ReLUs and poolings.
+        ValueError: the network computes something else than a row of convolutions, norms, ReLUs and poolings, or it
+            has an N-Jet layer without padding.
     """
 
     def __init__(self, network: Any, side: int) -> None:
@@ -52,6 +59,11 @@ class PlainRow:
             [SwitchedMaxPool2d.like(layer) if isinstance(layer, nn.MaxPool2d) else layer for layer in segment]
             for segment in _cut(_trace(network, side))
         ]
+
+    @property
+    def has_switches(self) -> bool:
+        """Whether there is a max-pooling, without which `known` and `fixed` decoders are the same."""
+        return any(isinstance(layer, SwitchedMaxPool2d) for segment in self.segments for layer in segment)
 
     def __call__(self, images: Float[Tensor, "b c h w"], depth: int | None = None) -> list[Tap]:
         """Run the encoder; the last tap's map is what its `forward_features` gives.
@@ -67,7 +79,7 @@ class PlainRow:
                 if isinstance(layer, SwitchedMaxPool2d):
                     x, switches = layer(x)
                     continue
-                if isinstance(layer, nn.Conv2d | nn.AvgPool2d):
+                if isinstance(layer, (*_CONVOLUTIONS, nn.AvgPool2d)):
                     sizes.append((x.shape[2], x.shape[3]))
                 x = layer(x)
             taps.append(Tap(x, switches, tuple(sizes)))
@@ -78,7 +90,8 @@ class MirroredStage(nn.Module):
     """Undo one segment: from its end to its beginning, a ReLU after every convolution.
 
     A convolution becomes one with the same kernel and with input and output channels exchanged; a strided one becomes a
-    transposed one; a max-pooling is undone by `SwitchedUnpool2d`, an average pooling by repeating its cells.
+    transposed one; a max-pooling is undone by `SwitchedUnpool2d`, an average pooling by repeating its cells. An N-Jet
+    layer becomes one of the same order, see `_MirroredJet`.
 
     Args:
         segment: layers of the encoder.
@@ -92,7 +105,9 @@ class MirroredStage(nn.Module):
         super().__init__()
         steps: list[nn.Module] = []
         for layer in reversed(segment):
-            if isinstance(layer, nn.Conv2d):
+            if isinstance(layer, _JETS):
+                steps += [_MirroredJet(layer), nn.ReLU()]
+            elif isinstance(layer, nn.Conv2d):
                 steps += [_mirrored(layer), nn.ReLU()]
             elif isinstance(layer, SwitchedMaxPool2d):
                 steps.append(SwitchedUnpool2d(mode))
@@ -109,7 +124,7 @@ class MirroredStage(nn.Module):
                 x = step(x, tap.switches)
             elif isinstance(step, nn.ConvTranspose2d):
                 x = step(x, output_size=list(next(sizes)))
-            elif isinstance(step, _Repeat):
+            elif isinstance(step, _Repeat | _MirroredJet):
                 x = step(x, next(sizes))
             else:
                 if isinstance(step, nn.Conv2d):
@@ -121,8 +136,9 @@ class MirroredStage(nn.Module):
 class MirroredDecoder(nn.Module):
     """A decoder of a whole row: for VGG-16, 13 convolutions and 14,714,179 parameters.
 
-    Weights are Kaiming normal over the inputs, biases zero. (The published code draws them with a standard deviation of
-    0.001, for which step 2 of its recipe, training the stages one by one, is indispensable.)
+    Weights are Kaiming normal over the inputs (of N-Jet layers: their own default), biases zero. (The published code
+    draws them with a standard deviation of 0.001, for which step 2 of its recipe, training the stages one by one, is
+    indispensable.)
 
     Args:
         row: of the encoder.
@@ -169,6 +185,35 @@ class _Repeat(nn.Module):
         return F.interpolate(x, size, mode="nearest")
 
 
+class _MirroredJet(nn.Module):
+    """The N-Jet layer that leads back: its cells are spread over what the encoder's layer saw, and convolved.
+
+    It has the order, extent and groups of the encoder's, channels exchanged, a bias, and one scale of its own, which
+    begins at the encoder's present one and is learned where that is. The adjoint of a filter is the filter mirrored,
+    which a basis of even and odd functions holds as well. Where the encoder subsamples first (the rule of the N-Jet
+    paper's code), this convolves first.
+
+    Args:
+        layer: of the encoder.
+    """
+
+    def __init__(self, layer: NJetConv2d | SubsampledNJet) -> None:
+        super().__init__()
+        jet: NJetConv2d = layer.conv if isinstance(layer, SubsampledNJet) else layer
+        self.convolves_first = isinstance(layer, SubsampledNJet) and layer.subsample.rule == "code"
+        self.conv = NJetConv2d(
+            jet.out_channels, jet.in_channels, jet.order, jet.host_sigma, jet.extent, groups=jet.groups,
+            size_rule=jet.size_rule, evaluation=jet.evaluation, learn_sigma=jet.log2_sigma.requires_grad,
+            device=jet.weight.device, dtype=jet.weight.dtype,
+        )  # fmt: skip
+
+    def forward(self, x: Float[Tensor, "b c h w"], size: tuple[int, int]) -> Float[Tensor, "b _ _ _"]:
+        """Give a map of the size that the encoder's layer saw."""
+        if self.convolves_first:
+            return F.interpolate(self.conv(x), size, mode="nearest")
+        return self.conv(F.interpolate(x, size, mode="nearest"))
+
+
 def _mirrored(conv: nn.Conv2d) -> nn.Module:
     """The convolution that leads back: same kernel and groups, channels exchanged, a bias."""
     placed: dict[str, Any] = {"device": conv.weight.device, "dtype": conv.weight.dtype}
@@ -187,7 +232,10 @@ def _mirrored(conv: nn.Conv2d) -> nn.Module:
 def _trace(network: Any, side: int) -> list[nn.Module]:
     """The network's layers in the order in which they act, once it is sure that they are a row."""
     seen: list[tuple[nn.Module, Tensor, Tensor]] = []
-    leaves = [module for module in network.modules() if not any(module.children())]
+    # one that was folded no longer is an N-Jet layer
+    jets = [m for m in network.modules() if isinstance(m, SubsampledNJet) and isinstance(m.conv, NJetConv2d)]
+    inside = {part for jet in jets for part in jet.children()}
+    leaves = jets + [m for m in network.modules() if m not in inside and not any(m.children())]
     hooks = [leaf.register_forward_hook(lambda m, args, out: seen.append((m, args[0], out))) for leaf in leaves]
     weight = next(network.parameters())
     training = {module: module.training for module in network.modules()}
@@ -203,17 +251,19 @@ def _trace(network: Any, side: int) -> list[nn.Module]:
             module.training = mode
     name = type(network).__name__
     for layer, *_ in seen:
-        if not isinstance(layer, (nn.Conv2d, *_POOLINGS, *_LEFT_OUT)):
+        unpadded = isinstance(layer, NJetConv2d) and layer.padding == "valid"
+        if unpadded or not isinstance(layer, (*_CONVOLUTIONS, *_POOLINGS, *_LEFT_OUT)):
             raise ValueError(
                 f"A mirrored decoder needs a plain row of convolutions, norms, ReLUs and poolings, but {name} has a "
-                f"{type(layer).__name__}: use a plain network such as vgg16_bn or vgg16_small."
+                f"{type(layer).__name__}{' without padding' * unpadded}: use a plain network such as vgg16_bn, "
+                "vgg16_small or njet_nin."
             )
     chained = all(given is taken for (_, _, given), (_, taken, _) in pairwise(seen))
     if not seen or not chained or seen[-1][2] is not last:
         raise ValueError(
             f"A mirrored decoder needs a plain row of layers, each of which sees what the one before gave, but {name} "
-            "has branches or computes something between its layers: use a plain network such as vgg16_bn or "
-            "vgg16_small."
+            "has branches or computes something between its layers: use a plain network such as vgg16_bn, "
+            "vgg16_small or njet_nin."
         )
     return [layer for layer, *_ in seen]
 
@@ -224,14 +274,21 @@ def _cut(layers: Sequence[nn.Module]) -> list[list[nn.Module]]:
     segments: list[list[nn.Module]] = [[]]
     strided = False
     for layer in layers:
-        if isinstance(layer, nn.Conv2d) and strided:
+        if isinstance(layer, _CONVOLUTIONS) and strided:
             segments.append([])
             strided = False
         segments[-1].append(layer)
         if pooled and isinstance(layer, _POOLINGS):
             segments.append([])
-        strided |= not pooled and isinstance(layer, nn.Conv2d) and max(layer.stride) > 1
-    if not any(isinstance(layer, (nn.Conv2d, *_POOLINGS)) for layer in segments[-1]) and len(segments) > 1:
+        strided |= not pooled and _is_strided(layer)
+    if not any(isinstance(layer, (*_CONVOLUTIONS, *_POOLINGS)) for layer in segments[-1]) and len(segments) > 1:
         rest = segments.pop()
         segments[-1] += rest
     return segments
+
+
+def _is_strided(layer: nn.Module) -> bool:
+    """Whether a layer is a convolution that may make maps smaller."""
+    if isinstance(layer, NJetConv2d):
+        return layer.stride > 1
+    return isinstance(layer, SubsampledNJet) or (isinstance(layer, nn.Conv2d) and max(layer.stride) > 1)

@@ -21,6 +21,8 @@ _HEADROOM = 1.2
 _SLOWER, _SLOWER_ON_ACCELERATORS = 2.0, 3.0
 #: Parts of an octave in which compiled graphs know a scale.
 _OCTAVE = 1024
+#: Octaves that no scale reaches but one whose training diverged.
+_MOST_OCTAVES = 16
 
 
 class NJetConv2d(nn.Module):
@@ -71,7 +73,8 @@ class NJetConv2d(nn.Module):
             optimiser decays everything.
 
     Raises:
-        ValueError: for sizes that cannot be built, and for maps smaller than the filters where those must fit.
+        ValueError: for sizes that cannot be built, for maps smaller than the filters where those must fit, and for a
+            scale that is no number or has reached 2^16 pixels.
     """
 
     log2_sigma: nn.Parameter
@@ -220,7 +223,13 @@ class NJetConv2d(nn.Module):
         """Taps from the centre to the border that the filters have, or at most have."""
         if torch.compiler.is_compiling():
             return self._seen_exact if exact else self._seen_roomy
-        sigma = 2.0 ** max(self._host_sigma.values) * (1.0 if exact else _HEADROOM)
+        octaves = self._host_sigma.values
+        if not all(value < _MOST_OCTAVES for value in octaves):
+            raise ValueError(
+                f"Expected the scale of an N-Jet layer to stay below 2^{_MOST_OCTAVES} pixels, but training has made "
+                f"it 2^{max(octaves):g}: lower the learning rate or clip the gradients, and start again."
+            )
+        sigma = 2.0 ** max(octaves) * (1.0 if exact else _HEADROOM)
         return int(half_sizes(torch.tensor(sigma, dtype=torch.float64, device="cpu"), self.extent, self.size_rule))
 
     def _half(self, reach: int) -> Float[Tensor, " sigma_groups"]:

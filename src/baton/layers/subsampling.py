@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 RULES = ("paper", "code")
 MODES = ("nearest", "bilinear", "area")
+#: A factor of 2^1000 is as good as any larger one, which a number might not hold.
+_MOST_OCTAVES = 1000.0
 
 
 class SafeSubsample(nn.Module):
@@ -51,7 +53,9 @@ class SafeSubsample(nn.Module):
         """
         if sigma <= 0:
             raise ValueError(f"Expected a scale sigma above 0 pixels, but got {sigma}.")
-        return 2 ** (sigma / self.r) if self.rule == "paper" else max(1.0, 2**sigma / self.r)
+        if self.rule == "paper":
+            return 2 ** min(sigma / self.r, _MOST_OCTAVES)
+        return max(1.0, 2 ** min(sigma, _MOST_OCTAVES) / self.r)
 
     def side(self, side: int, sigma: float) -> int:
         """The side of a subsampled map.

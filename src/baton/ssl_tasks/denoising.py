@@ -47,7 +47,11 @@ def corrupt(
 
 
 class Decoder(nn.Module):
-    """From the backbone's last map to an image of any size: convolutions between doublings, widths halving.
+    """From a backbone's last map, of any size, to an image of any size: convolutions between doublings, widths halving.
+
+    There are as many doublings as it takes to undo `reduction`. A map that turns out larger, as learned scales may make
+    it from one step to the next, is not doubled any more once it is as large as the image; what the doublings end at is
+    interpolated bilinearly to the image.
 
     Args:
         in_channels: channels of the map.
@@ -71,7 +75,7 @@ class Decoder(nn.Module):
     def forward(self, features: Float[Tensor, "b f gh gw"], size: tuple[int, int]) -> Float[Tensor, "b 3 h w"]:
         """Decode a map into an image of the given height and width; the output is unbounded."""
         for level, conv in enumerate(self.convs):
-            if level:
+            if level and (features.shape[2] < size[0] or features.shape[3] < size[1]):
                 features = F.interpolate(features, scale_factor=2.0, mode="nearest")
             features = F.relu(conv(features))
         if features.shape[2:] != size:
@@ -135,7 +139,8 @@ class Denoising(Task):
             convolutions, see `TransposedDecoder`).
         decoder_width: channels of the first convolution of `resize`, 64 unless given; they halve with every doubling of
             the map. `transposed` takes none: its widths are the halves of the backbone's last map's.
-        kwargs: see `Task`. Any backbone with a spatial map will do.
+        kwargs: see `Task`. Any backbone with a spatial map will do. Where learned scales choose the map's side, the
+            decoder doubles as often as undoes that of the backbone's scales before training, and interpolates the rest.
     """
 
     def __init__(

@@ -6,6 +6,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torchmetrics import MetricCollection
 from torchmetrics.image import PeakSignalNoiseRatio
@@ -49,7 +50,8 @@ class Reconstruction(Task):
         detach_targets: let no gradient flow into the encoder's maps as targets. The paper's code lets it.
         decoder_from: a run of this task, or a checkpoint of one, whose decoder is taken. Its encoder must be the one
             that `init_from` gives, so name the same run in both.
-        kwargs: see `Task`. The backbone must be a plain row of layers, such as `vgg16_bn` or `vgg16_small`.
+        kwargs: see `Task`. The backbone must be a plain row of layers, such as `vgg16_bn`, `vgg16_small` or `njet_nin`.
+            Where it has no max-pooling, `swwae` has no switches and decodes as `sae` does, which a warning says.
     """
 
     def __init__(
@@ -77,6 +79,11 @@ class Reconstruction(Task):
         side = self.backbone.pretrained_cfg["input_size"][-1]
         self.row = PlainRow(self.backbone, side)
         self.decoder = MirroredDecoder(self.row, "known" if autoencoder == "swwae" else "fixed", depth)
+        if autoencoder == "swwae" and not self.row.has_switches:
+            rank_zero_warn(
+                f"The backbone {self.hparams['backbone']} has no max-pooling whose switches swwae could use: it "
+                "decodes as model.autoencoder=sae does."
+            )
         self.weights = self._make_weights(weights)
         if frozen:
             self.freeze_modules(self.backbone)
