@@ -169,6 +169,8 @@ def _unknown_option(line: CommandLine, key: str, text: str, value: str) -> str |
         near = nearest(first, line.groups()) or near
         unknown = line.place(first)
     whose = owner.__name__ if owner is not None else f"`baton {line.command}`"
+    if full in near and owner is not None:  # read before the class was known
+        return f"{unknown} stands before --{key}: write --{key} {whose} first, and its options after it."
     return f"{unknown} is not an option of {whose}{_nearest_are(near, line.dashes(full))}."
 
 
