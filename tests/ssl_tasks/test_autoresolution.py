@@ -51,8 +51,9 @@ def test_tiled_equals_patches_evaluated_separately_on_the_papers_sizes(objective
     x = images(2, 256, 256).double()
     places = torch.tensor([0, 129]), torch.tensor([77, 3])
     low, super_patches = task.low_resolution(x), task.tiling.crop(x, *places)
-    rows, columns = (each.flatten() for each in torch.meshgrid(CELLS, CELLS.flip(0), indexing="ij"))
-    patches = torch.stack([super_patches[:, :, 2 * r : 2 * r + 35, 2 * c : 2 * c + 35] for r, c in zip(rows, columns)])
+    cells = torch.cartesian_prod(CELLS, CELLS)
+    rows, columns = cells.unbind(1)
+    patches = torch.stack([super_patches[:, :, 2 * r : 2 * r + 35, 2 * c : 2 * c + 35] for r, c in cells])
     lows = low.repeat(len(rows), 1, 1, 1)
     with torch.no_grad():
         tiled = task(low, super_patches, (0, 1)).view(2, 2, 2, 47, 47)  # shift, image, answer, row, column
