@@ -12,6 +12,7 @@ from baton.chain_file import read_chain
 from baton.layers import DiracConv2d
 from baton.optim import Optimizer
 from baton.stage import check
+from tiny import undrawn
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 FILES = sorted(CONFIGS.rglob("*.yaml"))
@@ -83,7 +84,8 @@ def test_a_chain_parses_with_every_stage(path):
                    for key, value in stage.options.items()]  # fmt: skip
         own = yaml.safe_load(stage.recipe.read_text())["model"]["init_args"].get("backbone")
         links = [] if own or "init_from" not in stage.links else ["--model.backbone=wrn_16_1"]
-        check(["fit", "--config", str(stage.recipe), *options, *links])
+        with undrawn():
+            check(["fit", "--config", str(stage.recipe), *options, *links])
 
 
 def test_a_mistake_would_show(tmp_path):
@@ -277,7 +279,7 @@ def backbone_of(stage, **kwargs):
     """The network of a stage, without memory for its weights."""
     own = yaml.safe_load(stage.recipe.read_text())["model"]["init_args"]
     name = stage.options.get("model.backbone", own["backbone"])
-    with torch.device("meta"):
+    with torch.device("meta"), undrawn():
         return create_backbone(name, **stage.options.get("model.backbone_kwargs", {}) | kwargs)
 
 
