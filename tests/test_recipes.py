@@ -18,6 +18,7 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 FILES = sorted(CONFIGS.rglob("*.yaml"))
 RECIPES = [path for path in FILES if "chains" not in path.relative_to(CONFIGS).parts]
 CHAINS = [path for path in FILES if "chains" in path.relative_to(CONFIGS).parts]
+READ = {path: read_chain(path) for path in CHAINS}
 
 
 def name(path):
@@ -57,20 +58,23 @@ def test_a_header_says_how_to_run_it(path):
 
 def settings(stage):
     """What a stage tells its recipe, one by one; the network and its options are one, as they must fit."""
-    network = {key: stage.options.get(key) for key in ("model.backbone", "model.backbone_kwargs")}
+    network = [stage.options.get(f"model.{option}") for option in ("backbone", "backbone_kwargs")]
     told = [*stage.options.items(), ("network", network), ("links", sorted(stage.links))]
-    return {(stage.recipe, key, yaml.safe_dump(value)) for key, value in told}
+    # whose options the others are
+    classes = [value for key, value in told if key.rpartition(".")[2] in ("model", "data", "class_path")]
+    return {(stage.recipe, repr(classes), key, repr(value)) for key, value in told}
 
 
 def unlike():
     """Of every chain the stages that set something no stage before them has set in the same recipe."""
     before, chosen = set(), {}
-    for path in CHAINS:
+    for path, chain in READ.items():
         chosen[path] = []
-        for stage in read_chain(path).stages.values():
-            if not settings(stage) <= before:
+        for stage in chain.stages.values():
+            told = settings(stage)
+            if not told <= before:
                 chosen[path].append(stage)
-            before |= settings(stage)
+            before |= told
     return chosen
 
 
@@ -122,7 +126,7 @@ def model_of(stage):
     return told(stage)["model"]["init_args"]
 
 
-DISTILLED = [path for path in CHAINS if any("teacher" in stage.links for stage in read_chain(path).stages.values())]
+DISTILLED = [path for path, chain in READ.items() if any("teacher" in stage.links for stage in chain.stages.values())]
 SCALED = ["attention_transfer_groups", "attention_transfer_imagenet_table_6_5", "fitnets", "gradient_table_6_3",
           "transfer_learning_table_6_4"]  # fmt: skip
 
