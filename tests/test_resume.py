@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,14 @@ DATA = {"segmentation": "ShapesMasks"}
 
 
 @pytest.fixture(scope="module", autouse=True)
+def _path():
+    """The server that children are forked from knows the environment alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
 def _teacher(tmp_path_factory):
     folder = hand_over(tmp_path_factory.mktemp("teacher"), classes=Shapes().num_classes, depth=10, width=2)
     TASKS["distillation"] = [option.replace("TEACHER", folder) for option in TASKS["distillation"]]
@@ -70,7 +79,7 @@ def command(task: str, root: Path, *more: str) -> list[str]:
 def in_child(argv: list[str], kill_at: tuple[str, int] | None = None) -> int:
     """Run the command in a process of its own, which kills itself before the n-th call of a function."""
     context = multiprocessing.get_context("forkserver")  # warm, and without the threads that other tests leave behind
-    context.set_forkserver_preload(["baton.stage"])
+    context.set_forkserver_preload(["warm"])
     child = context.Process(target=_body, args=(argv, kill_at))
     child.start()
     child.join()
@@ -124,9 +133,20 @@ def undisturbed(tmp_path_factory):
 
 
 @pytest.mark.parametrize("moment", MOMENTS, ids=lambda moment: f"{moment[0]}_{moment[1]}")
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize(
+    "task", [pytest.param(task, marks=() if task == "denoising" else pytest.mark.slow) for task in TASKS]
+)
 def test_a_killed_run_ends_as_an_undisturbed_one(task: str, moment: tuple[str, int], undisturbed, tmp_path) -> None:
     assert in_child(command(task, tmp_path, "--run.resume=true"), moment) == -signal.SIGKILL
+    assert in_child(command(task, tmp_path, "--run.resume=true")) == 0
+    assert outcome(tmp_path) == undisturbed(task)
+
+
+@pytest.mark.parametrize("task", [task for task in TASKS if task != "denoising"])
+def test_a_run_killed_in_an_epoch_in_validation_and_between_files(task: str, undisturbed, tmp_path) -> None:
+    """The machinery is that of denoising, of which every moment is tried; what a task keeps is its own."""
+    for moment in [("training_step", 5), ("validation_step", 2), ("replace_file", 4)]:
+        assert in_child(command(task, tmp_path, "--run.resume=true"), moment) == -signal.SIGKILL
     assert in_child(command(task, tmp_path, "--run.resume=true")) == 0
     assert outcome(tmp_path) == undisturbed(task)
 

@@ -1,7 +1,9 @@
 """Tiny data, trainers and a logger that remembers, for tests that train."""
 
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from lightning.pytorch import Trainer
@@ -163,3 +165,12 @@ def hand_over(
         folder, network, backbone_kwargs=kwargs, config={}, metrics={}, parent=None, classes=names, replace=True
     )
     return str(folder)
+
+
+def undrawn() -> AbstractContextManager:
+    """For networks on the meta device: to draw numbers that are nowhere would be most of building them."""
+    return mock.patch.multiple(torch.Tensor, normal_=_as_it_is, uniform_=_as_it_is)
+
+
+def _as_it_is(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    return tensor

@@ -111,6 +111,12 @@ class BatonCLI(LightningCLI):
     run: Run
     locks: ClassVar[contextlib.ExitStack]  # held until the command ends, however it ends
 
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Those whose options are read: the one asked for, as the parser of each takes a while to build."""
+        every = LightningCLI.subcommands()
+        return {name: every[name] for name in sys.argv[1:2] if name in every} or every
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the options of the run."""
         parser.add_class_arguments(Run, "run")

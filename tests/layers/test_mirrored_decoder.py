@@ -13,8 +13,8 @@ from baton.layers.mirrored_decoder import MirroredDecoder, PlainRow
 from baton.layers.subsampling import SubsampledNJet
 
 PLAIN = {
-    "vgg16": (5, 64, {}),
-    "vgg16_bn": (5, 64, {}),
+    "vgg16": (5, 32, {"mlp_ratio": 0.01}),  # of the classifier
+    "vgg16_bn": (5, 32, {"mlp_ratio": 0.01}),
     "vgg16_small": (5, 32, {"width": 0.1}),
     "vgg19_small": (5, 32, {"width": 0.1}),
     "nin": (3, 32, {"width": 0.1}),
@@ -172,7 +172,7 @@ def test_every_plain_network_has_one_and_is_not_touched(name, mode):
 
 def test_vgg_has_the_published_decoder():
     with torch.no_grad():
-        decoder = MirroredDecoder(PlainRow(timm.create_model("vgg16", num_classes=0), 32), "known")
+        decoder = MirroredDecoder(PlainRow(timm.create_model("vgg16", num_classes=0, mlp_ratio=0.01), 32), "known")
     assert sum(p.numel() for p in decoder.parameters()) == 14_714_179
     widths = [m.out_channels for stage in reversed(decoder.stages) for m in stage.modules() if isinstance(m, nn.Conv2d)]
     assert widths == [512, 512, 512, 512, 512, 256, 256, 256, 128, 128, 64, 64, 3]

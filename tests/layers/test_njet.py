@@ -88,7 +88,7 @@ def test_gradients_are_those_of_finite_differences(evaluation, order):
 
     inputs = (torch.randn(1, 2, 4, 5, dtype=torch.float64, requires_grad=True), ours.weight, ours.log2_sigma)
     assert torch.autograd.gradcheck(function, inputs)
-    assert torch.autograd.gradgradcheck(function, inputs)
+    assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)  # in a random direction
 
 
 @pytest.mark.parametrize(

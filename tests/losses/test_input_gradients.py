@@ -77,7 +77,7 @@ def test_the_second_backward_pass_is_right(name):
 
     weights = (draw(4, 2, 3, 3, seed=1).requires_grad_(), head.requires_grad_())
     assert torch.autograd.gradcheck(of_weights, weights)
-    assert torch.autograd.gradgradcheck(of_weights, weights)
+    assert torch.autograd.gradgradcheck(of_weights, weights, fast_mode=True)  # in a random direction
 
 
 def test_a_network_that_ignores_left_and_right_is_symmetric():
