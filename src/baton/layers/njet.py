@@ -16,7 +16,7 @@ from baton.layers.jet_convolution import jet_convolution, toeplitz_offsets
 EVALUATIONS = ("auto", "filters", "separable")
 #: By how much a scale may grow between two looks at an accelerator before its filters are cut off.
 _HEADROOM = 1.2
-#: How much slower a multiplication is in separable evaluation, as measured (benchmarks/njet.py): 1.5 to 2.3 on a CPU, 2
+#: How much slower a multiplication is in separable evaluation, as measured (benchmarks/njet.py): 1 to 2.3 on a CPU, 2
 #: to 5 on a GPU with 192 channels in lower precision, more where a layer is too small to keep it busy.
 _SLOWER, _SLOWER_ON_ACCELERATORS = 2.0, 3.0
 #: Parts of an octave in which compiled graphs know a scale.
