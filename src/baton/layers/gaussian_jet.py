@@ -88,7 +88,7 @@ class _Samples(torch.autograd.Function):
     def forward(
         ctx: Any, sigma: Tensor, half: Tensor, order: int, reach: int, offsets: Tensor | None, planar: bool
     ) -> Tensor:
-        values, slopes = _sample(sigma, half, order, reach, offsets, planar)
+        values, slopes = _sample(sigma, half, order, reach, offsets, planar, ctx.needs_input_grad[0])
         ctx.save_for_backward(sigma, half, offsets, slopes)
         ctx.options = order, reach, planar
         return values
@@ -98,18 +98,18 @@ class _Samples(torch.autograd.Function):
         sigma, half, offsets, slopes = ctx.saved_tensors
         if torch.is_grad_enabled():  # a gradient of this gradient is wanted
             order, reach, planar = ctx.options
-            slopes = _sample(sigma, half, order, reach, offsets, planar)[1]
+            slopes = _sample(sigma, half, order, reach, offsets, planar, True)[1]
         return (grad * slopes).flatten(1).sum(1), None, None, None, None, None
 
 
 def _sample(
-    sigma: Tensor, half: Tensor, order: int, reach: int, offsets: Tensor | None, planar: bool
-) -> tuple[Tensor, Tensor]:
-    """Samples and their derivatives in σ."""
+    sigma: Tensor, half: Tensor, order: int, reach: int, offsets: Tensor | None, planar: bool, with_slopes: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Samples and, where they are wanted, their derivatives in σ."""
     taps = torch.arange(-reach, reach + 1, device=sigma.device)
     u, bell = _bell(sigma, half, taps)
     total = bell.sum(1, keepdim=True)
-    spread = (bell * u * u).sum(1, keepdim=True) / total  # the mean of u² under g
+    spread = (bell * u * u).sum(1, keepdim=True) / total if with_slopes else None  # the mean of u² under g
     if offsets is not None:
         u, bell = _bell(sigma, half, offsets.flatten())
     g = bell / total
@@ -118,15 +118,20 @@ def _sample(
         # b_m+1 = -(u b_m + m b_m-1)
         rows.append(-(u * rows[m] + m * rows[m - 1]) if m else -u * g)
     values = torch.stack(rows, 1)
-    # σ d b_m / dσ = m u b_m-1 + (u² - spread) b_m
-    previous = F.pad(values[:, :-1], (0, 0, 1, 0))
-    degrees = torch.arange(order + 1, device=sigma.device)[:, None]
-    u = u[:, None]
-    slopes = (degrees * u * previous + (u * u - spread[:, None]) * values) / sigma[:, None, None]
-    if planar:
-        return _products(values, values), _products(slopes, values) + _products(values, slopes)
     shape = taps.shape if offsets is None else offsets.shape
-    return values.unflatten(2, shape), slopes.unflatten(2, shape)
+    slopes = None if spread is None else _slopes(values, u, spread) / sigma[:, None, None]
+    if planar:
+        both = None if slopes is None else _products(slopes, values) + _products(values, slopes)
+        return _products(values, values), both
+    return values.unflatten(2, shape), None if slopes is None else slopes.unflatten(2, shape)
+
+
+def _slopes(values: Tensor, u: Tensor, spread: Tensor) -> Tensor:
+    """σ d b_m / dσ = m u b_m-1 + (u² - spread) b_m."""
+    previous = F.pad(values[:, :-1], (0, 0, 1, 0))
+    degrees = torch.arange(values.shape[1], device=values.device)[:, None]
+    u = u[:, None]
+    return degrees * u * previous + (u * u - spread[:, None]) * values
 
 
 def _bell(sigma: Tensor, half: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
