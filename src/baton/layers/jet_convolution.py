@@ -73,7 +73,7 @@ class _JetConvolution(torch.autograd.Function):
         y = x.new_zeros(batch * groups, alpha.shape[1] // groups, height * width)
         for j, part in enumerate(_by_rows(x, rows)):
             maps, mixing = _stacked(columns, j) @ part, _mixing(alpha, len(rows) - 1, j, groups)
-            y.baddbmm_(mixing.repeat(batch, 1, 1), maps.view(batch * groups, -1, height * width))
+            y.baddbmm_(_for_all(mixing, batch), maps.view(batch * groups, -1, height * width))
         return y.view(batch, -1, height, width)
 
     @staticmethod
@@ -108,6 +108,11 @@ def _mixing(alpha: Tensor, last: int, j: int, groups: int) -> Tensor:
     return torch.stack([alpha[k] for k in _places(last, j)], -1).unflatten(0, (groups, -1)).flatten(2)
 
 
+def _for_all(mixing: Tensor, batch: int) -> Tensor:
+    """The same weights for every image, without a copy unless there are groups."""
+    return mixing.expand(batch, -1, -1, -1).flatten(0, 1)
+
+
 def _gradients(
     x: Tensor, alpha: Tensor, columns: Tensor, rows: Tensor, groups: int, grad: Tensor, needed: Any
 ) -> tuple[Tensor | None, ...]:
@@ -128,7 +133,7 @@ def _gradients(
         if not (taps or needed[0]):
             continue
         mixing = _mixing(alpha, len(rows) - 1, j, groups).transpose(1, 2)
-        of_maps = (mixing.repeat(batch, 1, 1) @ g).view(batch * channels, len(stacked), -1)
+        of_maps = (_for_all(mixing, batch) @ g).view(batch * channels, len(stacked), -1)
         of_parts.append(stacked.T @ of_maps)
         if of_columns is not None:
             summed = torch.einsum("npw,nhw->ph", of_maps, part)
