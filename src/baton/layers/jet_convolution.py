@@ -132,7 +132,7 @@ def _gradients(
             of_alpha.update(zip(_places(last, j), by_order, strict=True))
         if not (taps or needed[0]):
             continue
-        mixing = _mixing(alpha, len(rows) - 1, j, groups).transpose(1, 2)
+        mixing = _mixing(alpha, last, j, groups).transpose(1, 2)
         of_maps = (_for_all(mixing, batch) @ g).view(batch * channels, len(stacked), -1)
         of_parts.append(stacked.T @ of_maps)
         if of_columns is not None:

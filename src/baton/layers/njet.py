@@ -1,6 +1,7 @@
 """N-Jet convolutions: filters made of Gaussian derivatives, whose scale, and so whose size, is learned."""
 
 import math
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -211,13 +212,16 @@ class NJetConv2d(nn.Module):
             f"evaluation={self.evaluation!r}, padding={self.padding!r}"
         )
 
-    def _largest_gain(self) -> float:
-        """The largest of what α of variance 1 makes of white noise of variance 1, and of a constant map of 1."""
-        sigma = torch.tensor([self._initial_sigma], dtype=torch.float64, device="cpu")  # whatever the default is
+    def _largest_gain(self, sigmas: Sequence[float] = ()) -> float:
+        """The largest of what α of variance 1 makes of white noise of variance 1, and of a constant map of 1.
+
+        Args:
+            sigmas: scales whose filters are summed; without any, that of the start.
+        """
+        sigma = torch.tensor(sigmas or [self._initial_sigma], dtype=torch.float64, device="cpu")  # whatever the default
         half = half_sizes(sigma, self.extent, self.size_rule)
-        taps = gaussian_jet(sigma, self.order, int(half), half)[0]
-        gains = [(taps.square().sum(1)).tolist(), taps.sum(1).square().tolist()]
-        return max(sum(gain[i] * gain[j] for i, j in orders(self.order)) for gain in gains)
+        basis = gaussian_jet_filters(sigma, self.order, int(half.max()), half).sum(0)
+        return max(float(basis.square().sum()), float(basis.sum((1, 2)).square().sum()))
 
     def _reach(self, exact: bool) -> int:
         """Taps from the centre to the border that the filters have, or at most have."""

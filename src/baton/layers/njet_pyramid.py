@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from baton.layers.gaussian_jet import gaussian_jet_filters, half_sizes
+from baton.layers.gaussian_jet import gaussian_jet_filters
 from baton.layers.host_value import HostValue
 from baton.layers.njet import NJetConv2d
 
@@ -93,13 +93,8 @@ class NJetPyramid2d(NJetConv2d):
                 self.log2_sigma.copy_(torch.tensor(self.sigmas, dtype=torch.float64, device="cpu").log2())
             self.refresh()
 
-    def _largest_gain(self) -> float:
-        """As the base's, of the summed filters."""
-        sigma = torch.tensor(self.sigmas or (self._initial_sigma,), dtype=torch.float64, device="cpu")
-        half = half_sizes(sigma, self.extent, self.size_rule)
-        reach = int(half.max())
-        basis = gaussian_jet_filters(sigma, self.order, reach, half).sum(0)
-        return max(float(basis.square().sum()), float(basis.sum((1, 2)).square().sum()))
+    def _largest_gain(self, sigmas: Sequence[float] = ()) -> float:
+        return super()._largest_gain(sigmas or self.sigmas)
 
     def _filters(self, reach: int) -> Float[Tensor, "out_channels group_channels side side"]:
         basis = gaussian_jet_filters(self.sigma, self.order, reach, self._half(reach)).sum(0)
