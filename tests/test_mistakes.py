@@ -119,23 +119,6 @@ def test_on_the_command_line(option: str, said: str, capsys: pytest.CaptureFixtu
     assert said in complaint([*FIT, option], capsys)
 
 
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (
-            "--data Shapes --model.noise gaussian --model Denoising",
-            "--model.noise stands before --model: write --model D",
-        ),
-        (
-            "--model Denoising --data.length=9 --data=Shapes",
-            "--data.length stands before --data: write --data Shapes f",
-        ),
-    ],
-)
-def test_options_of_a_class_come_after_it(words: str, said: str, capsys: pytest.CaptureFixture) -> None:
-    assert said in complaint(["fit", *words.split()], capsys)
-
-
 AUTORESOLUTION = ["fit", "--model=Autoresolution", "--model.backbone=wide_resnet",
                   "--model.backbone_kwargs={depth: 10, width: 1}", *SHAPES, "--model.super_patch=13",
                   "--model.patch_backbone=autoresolution_patch_rf9", "--model.low_resolution_factor=2"]  # fmt: skip
@@ -276,9 +259,11 @@ def test_an_option_of_a_callback(capsys: pytest.CaptureFixture) -> None:
         (["test"], "`baton test` looks at a finished run: name it with --run.name. There is no run in runs yet."),
         (["test", "--run.name=nope"], "There is no run runs/nope"),
         (["predict", *CLASSIFY, *SHAPES], "`baton predict` needs a trained run"),
+        (["fit", "--data=Shapes", "--model.noise=mask", "--model=Denoising"], "stands before --model: write --model D"),
+        (["fit", "--model=Denoising", "--data.length=9", "--data=Shapes"], "stands before --data: write --data Shapes"),
     ],
 )
-def test_something_is_missing(args: list[str], said: str, capsys: pytest.CaptureFixture) -> None:
+def test_something_is_missing_or_late(args: list[str], said: str, capsys: pytest.CaptureFixture) -> None:
     assert said in complaint(args, capsys)
 
 
