@@ -53,7 +53,8 @@ def is_large(name):
     return num_parameters(name) > LARGE
 
 
-LARGE_NAMES = {name for name in OWN + TIMMS if is_large(name)}
+#: In a fixed order: processes that share the tests must choose the same ones.
+LARGE_NAMES = [name for name in OWN + TIMMS if is_large(name)]
 REAL = [pytest.param((n, "cpu"), id=n, marks=pytest.mark.slow if n in LARGE_NAMES else ()) for n in OWN + TIMMS]
 SHAPES = REAL + [pytest.param((n, "meta"), id=f"{n}-meta") for n in OWN + TIMMS if n in LARGE_NAMES]
 
@@ -62,7 +63,7 @@ def kind_of(name):
     return frozenset(map(type, on_meta(name).modules()))
 
 
-#: The largest first, so that the smallest of a kind stays.
+#: The largest first, so that the smallest of a kind stays; of two as small, the one listed later.
 SMALLEST = {kind_of(name): name for name in sorted(LARGE_NAMES, key=num_parameters, reverse=True)}
 KINDS = REAL + [
     pytest.param((n, "meta"), id=f"{n}-meta", marks=() if SMALLEST[kind_of(n)] == n else pytest.mark.slow)
