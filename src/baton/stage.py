@@ -187,7 +187,7 @@ class BatonCLI(LightningCLI):
         if config.trainer.sync_batchnorm and not torch.cuda.is_available():
             raise ValueError("trainer.sync_batchnorm needs CUDA devices, and there are none here: leave it out.")
         if self.subcommand == "fit":
-            self._recorded = yaml.safe_load(self._parser("fit").dump(config, skip_none=False, format="yaml"))
+            self._recorded = yaml.safe_load(self._parser("fit").dump(config, skip_unset=False, format="yaml"))
             # What a run is, not how it was started: as a recipe it must neither resume nor take up a checkpoint.
             self._recorded["ckpt_path"] = None
             self._recorded["run"]["resume"] = False
