@@ -3,13 +3,15 @@ import math
 import pytest
 
 from baton.chain_choice import choose
-from baton.chain_table_file import Select, Table
+from baton.chain_table_file import Select, Style, Table
 
 ROWS = {"scratch": "scratch", "tuned": ("a", "b", "c")}
 
 
 def table(mode="min", **changes):
-    return Table(("test/error",), ROWS, **{"scale": 100.0, "digits": 1, "select": Select("val/x", mode), **changes})
+    return Table(
+        ("test/error",), ROWS, **{"style": Style(scale=100.0, digits=1), "select": Select("val/x", mode), **changes}
+    )
 
 
 def runs(a, b, c):
@@ -51,7 +53,7 @@ def test_of_equal_ones_the_first_is_chosen(mode):
 
 @pytest.mark.parametrize("scale", [-1.0, 1e-3])
 def test_the_scale_is_for_showing_only(scale):
-    assert choose(table(scale=scale), runs(a=(0.5,), b=(0.25,), c=(0.75,))).table.rows["tuned"] == "b"
+    assert choose(table(style=Style(scale=scale)), runs(a=(0.5,), b=(0.25,), c=(0.75,))).table.rows["tuned"] == "b"
 
 
 @pytest.mark.parametrize("mode", ["min", "max"])

@@ -5,14 +5,13 @@ import statistics
 import pytest
 
 from baton.chain_curves import average, collect_curves, draw, read_curves, write_curves
-from baton.chain_table_file import Select, Table
+from baton.chain_table_file import Select, Style, Table
 from baton.run import MetricsCSV
 
 TABLE = Table(
     ("test/error",),
     {"from scratch": "scratch", "fine-tuned": "tuned", "probe": "probe"},
-    "%",
-    100.0,
+    Style("%", 100.0),
     curves=("val/error", "val/loss"),
 )
 

@@ -5,6 +5,7 @@ import pytest
 import yaml
 
 from baton.chain_file import flatten, read_chain
+from baton.chain_table_file import Style
 
 GOOD = """
 name: demo
@@ -69,7 +70,7 @@ def test_reads_every_part(folder):
     assert chain.stages["finetune"].options["trainer.max_epochs"] == 3
     assert chain.stages["finetune"].links == {"init_from": "pretrain", "teacher": "teacher"}
     assert chain.table is not None
-    assert (chain.table.metrics, chain.table.scale, chain.table.unit) == (("test/error",), 100.0, "%")
+    assert (chain.table.metrics, chain.table.style) == (("test/error",), Style("%", 100.0))
 
 
 def test_defaults(folder):

@@ -4,14 +4,14 @@ import math
 import pytest
 
 from baton.chain_lines import collect_lines, draw, write_lines
-from baton.chain_table_file import Lines, Table
+from baton.chain_table_file import Lines, Style, Table
 
 LINES = Lines(
     "labels a class",
     {"fine-tuned": {1: "tuned_1", 2.5: "tuned_2", 64: "tuned_64"}, "from scratch": {1: "scratch_1", 16: "scratch_16"}},
     log=True,
 )
-TABLE = Table(("test/accuracy", "test/loss"), {"fine-tuned": "tuned_64"}, "%", 100.0, lines=LINES)
+TABLE = Table(("test/accuracy", "test/loss"), {"fine-tuned": "tuned_64"}, Style("%", 100.0), lines=LINES)
 
 
 def seeds(*values):

@@ -20,9 +20,9 @@ from baton.chain_table import (
     provenance_line,
     write_table,
 )
-from baton.chain_table_file import Lines, Sheet, Table
+from baton.chain_table_file import Lines, Sheet, Style, Table
 
-TABLE = Table(("test/error", "test/loss"), {"from scratch": "scratch", "fine-tuned": "tuned"}, "%", 100.0, 2)
+TABLE = Table(("test/error", "test/loss"), {"from scratch": "scratch", "fine-tuned": "tuned"}, Style("%", 100.0, 2))
 ERRORS = {0: 0.5, 1: 0.4375, 2: 0.53125}
 
 
@@ -73,7 +73,7 @@ def test_markdown():
 
 
 def test_a_row_without_a_choice_says_how_many_runs_are_done(tmp_path):
-    table = Table(("test/error",), {"best": ("scratch", "tuned"), "scratch": "scratch"}, "%", 100.0)
+    table = Table(("test/error",), {"best": ("scratch", "tuned"), "scratch": "scratch"}, Style("%", 100.0))
     results = collect(table, runs())
     text = markdown("demo", table, results, "P.", ["A note.", "Another."])
     assert text.splitlines()[-6:] == [
@@ -109,6 +109,21 @@ def test_written_files_hold_the_numbers(tmp_path):
         "1",
         "3",
     )
+
+
+def test_each_metric_is_written_in_its_own_style(tmp_path):
+    styles = {"test/loss": Style("nat", 1.0, 1)}
+    table = Table(TABLE.metrics, {"from scratch": "scratch"}, TABLE.style, styles)
+    results = collect(table, runs())
+    text = markdown("demo", table, results, "P.")
+    assert "|  | test/error (%) | test/loss (nat) | n |" in text
+    assert "| from scratch | 48.96 ± 4.77 | 1.0 ± 0.1 | 3 |" in text
+    write_table("demo", table, results, "P.", tmp_path)
+    with (tmp_path / "results.csv").open() as file:
+        assert {(row["metric"], row["unit"]) for row in csv.DictReader(file)} == {
+            ("test/error", "%"),
+            ("test/loss", "nat"),
+        }
 
 
 def test_plot_is_a_picture_of_sensible_size_with_ink(tmp_path):

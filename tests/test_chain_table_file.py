@@ -3,7 +3,7 @@ import re
 import pytest
 import yaml
 
-from baton.chain_table_file import Lines, Select, Sheet, read_table
+from baton.chain_table_file import Lines, Select, Sheet, Style, read_table
 
 SEEDS = {"teacher": (7,), "pretrain": (0, 1), "finetune": (0, 1), "probe": (1, 0)}
 
@@ -16,11 +16,20 @@ def read(text: str, seeds=SEEDS):
 def test_every_stage_is_a_row_unless_there_are_rows():
     table = read("{}")
     assert table.rows == {name: name for name in SEEDS}
-    assert (table.metrics, table.unit, table.scale, table.digits) == (("test/error",), "", 1.0, 2)
+    assert (table.metrics, table.style, table.own_styles) == (("test/error",), Style(), {})
     assert (table.select, table.curves, table.lines, table.pictures) == (None, (), None, None)
     table = read("{metric: [a, b], unit: '%', scale: 100, digits: 1, rows: {2: finetune}}")
-    assert (table.metrics, table.unit, table.scale, table.digits) == (("a", "b"), "%", 100.0, 1)
+    assert (table.metrics, table.style, table.own_styles) == (("a", "b"), Style("%", 100.0, 1), {})
     assert table.rows == {"2": "finetune"}
+
+
+def test_metrics_of_their_own_style():
+    table = read(
+        "{metric: {test/error: {unit: '%', scale: 100}, train/minutes: {digits: 1}, loss: }, unit: x, digits: 3}"
+    )
+    assert table.metrics == ("test/error", "train/minutes", "loss")
+    styles = [table.style_of(name) for name in (*table.metrics, "another")]
+    assert styles == [Style("%", 100.0, 3), Style("x", 1.0, 1), Style("x", 1.0, 3), Style("x", 1.0, 3)]
 
 
 def test_candidates_and_curves():
@@ -85,6 +94,13 @@ BAD = {
     "no metric": ("metric:", "table.metric must be a metric's name such as test/error, or a list, not empty"),
     "scale": ("scale: 100 %", "table.scale must be a number other than 0, not '100 %'"),
     "digits": ("digits: 1.5", "table.digits must be a whole number from 0 to 10, not 1.5"),
+    "style": ("metric: {a: 3}", "table.metric.a must be a mapping such as '{unit: \"%\", scale: 100}', not 3"),
+    "style's key": (
+        "metric: {a: {digit: 1}}",
+        "table.metric.a: unknown key 'digit' (did you mean 'digits'?); known are",
+    ),
+    "style's scale": ("metric: {a: {scale: 0}}", "table.metric.a.scale must be a number other than 0, not 0"),
+    "no metrics": ("metric: {}", "table.metric must be a metric's name such as test/error, or a list, not a list"),
     "curves": ("curves: []", "table.curves must be a metric's name such as val/error, or a list, not a list"),
     "no rows": ("rows: {}", "table.rows must map labels to stages ('from scratch: scratch'), not be empty"),
     "row": (

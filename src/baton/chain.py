@@ -278,7 +278,8 @@ def _key_metric(chain: Chain, run: Run) -> str:
     name = next((name for name in (table.metrics if table else ()) if metrics.get(name) is not None), None)
     if table is None or name is None:
         return ""
-    return f", {chain_table.heading(table, name)} {table.scale * metrics[name]:.{table.digits}f}"
+    style = table.style_of(name)
+    return f", {chain_table.heading(table, name)} {style.scale * metrics[name]:.{style.digits}f}"
 
 
 def _duration(seconds: float) -> str:

@@ -54,7 +54,8 @@ def choose(table: Table, runs: Runs) -> Choice:
             continue
         means = [statistics.fmean(number(metrics[name]) for metrics in finished[stage]) for stage in row]
         rows[label] = best = row[_best(means, table.select)]
-        shown = ", ".join(f"{table.scale * mean:.{table.digits}f}" for mean in means)
+        style = table.style_of(name)
+        shown = ", ".join(f"{style.scale * mean:.{style.digits}f}" for mean in means)
         notes.append(f"{label}: {best}, chosen of {len(row)} by {name} ({shown})")
     return Choice(dataclasses.replace(table, rows=rows), tuple(notes), lacks_metric)
 

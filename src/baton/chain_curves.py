@@ -51,7 +51,8 @@ def collect_curves(table: Table, runs: Mapping[str, Sequence[tuple[int, Path]]])
         for seed, run in runs[stage] if isinstance(stage, str) else ():
             for metric, curve in read_curves(run / "metrics.csv", table.curves).items():
                 if curve:
-                    panels[metric][label][seed] = {step: table.scale * value for step, value in curve.items()}
+                    scale = table.style_of(metric).scale
+                    panels[metric][label][seed] = {step: scale * value for step, value in curve.items()}
     return panels
 
 

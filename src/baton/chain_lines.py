@@ -32,8 +32,8 @@ def write_lines(name: str, table: Table, runs: Runs, folder: Path) -> None:
     for metric, rows in panels.items():
         for label, line in rows.items():
             for x, cell in line.items():
-                stage = table.lines.rows[label][x]
-                single += [[label, x, stage, seed, metric, table.unit, value] for seed, value in cell.values.items()]
+                stage, unit = table.lines.rows[label][x], table.style_of(metric).unit
+                single += [[label, x, stage, seed, metric, unit, value] for seed, value in cell.values.items()]
     write_csv(folder / "lines.csv", single)
     draw(name, table, table.lines, panels, folder / "lines.png")
 

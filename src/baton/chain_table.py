@@ -91,7 +91,7 @@ def collect(table: Table, runs: Mapping[str, Sequence[tuple[int, Mapping[str, fl
 def cell_of(table: Table, metric: str, runs: Sequence[tuple[int, Mapping[str, float | None] | None]]) -> Cell:
     """Put the seeds of a stage together for one metric, scaled; one that lacks it or has not finished is left out."""
     values = {
-        seed: table.scale * number(metrics[metric])
+        seed: table.style_of(metric).scale * number(metrics[metric])
         for seed, metrics in runs
         if metrics is not None and metric in metrics
     }
@@ -100,7 +100,8 @@ def cell_of(table: Table, metric: str, runs: Sequence[tuple[int, Mapping[str, fl
 
 def heading(table: Table, metric: str) -> str:
     """The metric with its unit: ``test/error (%)``."""
-    return f"{metric} ({table.unit})" if table.unit else metric
+    unit = table.style_of(metric).unit
+    return f"{metric} ({unit})" if unit else metric
 
 
 def rows_of(table: Table, results: Results) -> tuple[list[str], list[list[str]]]:
@@ -109,7 +110,8 @@ def rows_of(table: Table, results: Results) -> tuple[list[str], list[list[str]]]
     lines: list[list[str]] = []
     for label, cells in results.items():
         fewest = min(cells.values(), key=lambda cell: cell.n)
-        lines.append([label, *(cells[metric].text(table.digits) for metric in table.metrics), fewest.seeds_text()])
+        texts = [cells[metric].text(table.style_of(metric).digits) for metric in table.metrics]
+        lines.append([label, *texts, fewest.seeds_text()])
     return header, lines
 
 
@@ -147,8 +149,9 @@ def write_table(
     for label, cells in results.items():
         for metric, cell in cells.items():
             numbers = ["" if math.isnan(value) else value for value in (cell.mean, cell.std)]
-            summary.append([label, metric, table.unit, *numbers, cell.n, cell.expected])
-            single += [[label, table.rows[label], seed, metric, table.unit, v] for seed, v in cell.values.items()]
+            unit = table.style_of(metric).unit
+            summary.append([label, metric, unit, *numbers, cell.n, cell.expected])
+            single += [[label, table.rows[label], seed, metric, unit, v] for seed, v in cell.values.items()]
     write_csv(folder / "table.csv", summary)
     write_csv(folder / "results.csv", single)
     if plot:
@@ -167,7 +170,7 @@ def draw(name: str, table: Table, results: Results, path: Path) -> None:
     axes = figure.subplots(1, len(table.metrics), sharey=True, squeeze=False)[0]
     for axis, metric in zip(axes, table.metrics, strict=True):
         for row, label in enumerate(labels):
-            _draw_cell(axis, row, results[label][metric], table.digits)
+            _draw_cell(axis, row, results[label][metric], table.style_of(metric).digits)
         axis.set_xlabel(heading(table, metric))
         axis.grid(axis="x", color="0.9")
         axis.set_axisbelow(True)

@@ -29,7 +29,16 @@ The table may also draw its metrics over a number that differs between stages::
 ``lines`` draws one line a row of its own through the stages at these numbers, whether the table's rows show them or
 not, into ``lines.png`` (:mod:`baton.chain_lines`). A point is one stage, so it cannot list candidates.
 
-And it may put the pictures that stages have drawn below each other::
+Metrics that are no percentages beside one that is are written each in its own way::
+
+    table:
+      metric:
+        test/error: {unit: "%", scale: 100}
+        train/minutes: {digits: 1}
+
+What a metric leaves out is the table's own ``unit``, ``scale`` or ``digits``, which curves have, too.
+
+And the table may put the pictures that stages have drawn below each other::
 
     table:
       metric: test/loss
@@ -46,8 +55,10 @@ look at, is drawn once, on top. These stages need not log the table's metrics.
 import difflib
 import sys
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+_STYLE = ("unit", "scale", "digits")
 
 
 @dataclass(frozen=True)
@@ -99,15 +110,29 @@ class Sheet:
 
 
 @dataclass(frozen=True)
+class Style:
+    """How a metric is written.
+
+    Attributes:
+        unit: written behind the metric's name.
+        scale: factor from the logged value to the shown one.
+        digits: decimals shown.
+    """
+
+    unit: str = ""
+    scale: float = 1.0
+    digits: int = 2
+
+
+@dataclass(frozen=True)
 class Table:
     """What the results table shows.
 
     Attributes:
         metrics: names as the tasks log them, such as ``test/error``.
         rows: label -> stage, or the candidates for it, in the order of the table.
-        unit: written behind the metric's name.
-        scale: factor from the logged value to the shown one.
-        digits: decimals shown.
+        style: how metrics are written.
+        own_styles: how single ones are instead, by name.
         select: what decides among candidates; None: there are none.
         curves: metrics drawn over the training steps.
         lines: what the metrics are drawn over besides; None: nothing.
@@ -116,13 +141,16 @@ class Table:
 
     metrics: tuple[str, ...]
     rows: dict[str, str | tuple[str, ...]]
-    unit: str = ""
-    scale: float = 1.0
-    digits: int = 2
+    style: Style = Style()
+    own_styles: Mapping[str, Style] = field(default_factory=dict)
     select: Select | None = None
     curves: tuple[str, ...] = ()
     lines: Lines | None = None
     pictures: Sheet | None = None
+
+    def style_of(self, metric: str) -> Style:
+        """How a metric is written."""
+        return self.own_styles.get(metric, self.style)
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -145,8 +173,9 @@ def read_table(entry: Any, where: str, seeds: Mapping[str, tuple[int, ...]]) -> 
     """
     if not isinstance(entry, dict):
         raise ValueError(f"{where} must be a mapping with at least 'metric: test/error', not {kind(entry)}.")
-    check_keys(entry, ("metric", "unit", "scale", "digits", "select", "rows", "curves", "lines", "pictures"), where)
-    metrics = _metrics(entry.get("metric"), f"{where}.metric", "test/error")
+    check_keys(entry, ("metric", *_STYLE, "select", "rows", "curves", "lines", "pictures"), where)
+    style = _style({key: entry[key] for key in _STYLE if key in entry}, Style(), where)
+    metrics, own_styles = _styled_metrics(entry.get("metric"), style, f"{where}.metric")
     curves = _metrics(entry["curves"], f"{where}.curves", "val/error") if entry.get("curves") is not None else ()
     select = _select(entry["select"], f"{where}.select") if entry.get("select") is not None else None
     rows = _rows(entry.get("rows", {name: name for name in seeds}), f"{where}.rows", seeds)
@@ -162,12 +191,26 @@ def read_table(entry: Any, where: str, seeds: Mapping[str, tuple[int, ...]]) -> 
             f"{where}.select is given, but no row lists stages to choose from; leave it out, or list some "
             "('label: [stage, other_stage]')."
         )
-    scale, digits = entry.get("scale", 1.0), entry.get("digits", 2)
+    return Table(metrics, rows, style, own_styles, select, curves, lines, pictures)
+
+
+def _style(entry: Any, default: Style, where: str) -> Style:
+    if not isinstance(entry, dict):
+        raise ValueError(f"{where} must be a mapping such as '{{unit: \"%\", scale: 100}}', not {kind(entry)}.")
+    check_keys(entry, _STYLE, where)
+    scale, digits = entry.get("scale", default.scale), entry.get("digits", default.digits)
     if isinstance(scale, bool) or not isinstance(scale, int | float) or scale == 0:
         raise ValueError(f"{where}.scale must be a number other than 0, not {scale!r}.")
     if isinstance(digits, bool) or not isinstance(digits, int) or not 0 <= digits <= 10:
         raise ValueError(f"{where}.digits must be a whole number from 0 to 10, not {digits!r}.")
-    return Table(metrics, rows, str(entry.get("unit", "")), float(scale), digits, select, curves, lines, pictures)
+    return Style(str(entry.get("unit", default.unit)), float(scale), digits)
+
+
+def _styled_metrics(entry: Any, style: Style, where: str) -> tuple[tuple[str, ...], dict[str, Style]]:
+    if not isinstance(entry, dict):
+        return _metrics(entry, where, "test/error"), {}
+    own = {name: _style(written or {}, style, f"{where}.{name}") for name, written in entry.items()}
+    return _metrics(list(own), where, "test/error"), own
 
 
 def _metrics(entry: Any, where: str, example: str) -> tuple[str, ...]:

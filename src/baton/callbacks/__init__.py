@@ -10,3 +10,4 @@ from baton.callbacks.progress import ProgressBar as ProgressBar
 from baton.callbacks.receptive_field import ReceptiveField as ReceptiveField
 from baton.callbacks.side_evaluation import OnlineKNN as OnlineKNN
 from baton.callbacks.side_evaluation import OnlineLinearProbe as OnlineLinearProbe
+from baton.callbacks.training_time import TrainingTime as TrainingTime
