@@ -112,7 +112,7 @@ def test_the_table_is_partial_until_the_last_seed(here):
     assert run_chain("chain.yaml", seeds=[0, 2], **FAKE) == 0
     assert calls() == ORDER[:3] + ORDER[6:]
     assert Path("runs/demo/table.md").read_text().count("2 of 3 seeds") == 2
-    assert run_chain("chain.yaml", only="finetune", **FAKE) == 0
+    assert run_chain("chain.yaml", only=["finetune"], **FAKE) == 0
     assert calls()[6:] == ORDER[3:5]
     text = Path("runs/demo/table.md").read_text()
     assert text.count("2 of 3 seeds") == 1
@@ -268,7 +268,7 @@ def test_ctrl_c_lets_the_stage_save_and_ends_with_130(here, whole_group):
 
 def test_several_devices_run_as_a_plain_process(here):
     Path("chain.yaml").write_text(CHAIN.replace("steps: 4", "steps: 4, trainer.devices: 2, report: 1"))
-    assert run_chain("chain.yaml", seeds=[0], only="pretrain", **FAKE) == 0
+    assert run_chain("chain.yaml", seeds=[0], only=["pretrain"], **FAKE) == 0
     report = json.loads(Path("runs/demo/pretrain/seed_0/model/config.json").read_text())["baton"]["report"]
     assert report["argv"][0].endswith("fake_stage.py")  # DDP starts its ranks from this command line
     assert report["argv"][1:3] == ["fit", "--config"]
@@ -381,13 +381,13 @@ def test_the_pictures_of_one_seed_are_put_below_each_other_as_far_as_they_have_f
 
     images, sae, swwae = ((4, 0, 0), 64), ((0, 105, 3), 64), ((0, 168, 3), 64)  # of seed 4, after step 3
     Path("chain.yaml").write_text(PICTURES)
-    assert run_chain("chain.yaml", only="sae", **FAKE) == 0
+    assert run_chain("chain.yaml", only=["sae"], **FAKE) == 0
     assert bands() == [images, sae]
     assert run_chain("chain.yaml", **FAKE) == 0
     assert bands() == [images, sae, swwae]
     assert "table.png, pictures.png and results.csv" in capsys.readouterr().out
     shutil.move("runs/demo/swwae/seed_4", "runs/moved")
-    assert run_chain("chain.yaml", only="scratch", **FAKE) == 0
+    assert run_chain("chain.yaml", only=["scratch"], **FAKE) == 0
     assert bands() == [images, sae]
     assert "no picture" not in capsys.readouterr().out
     shutil.move("runs/moved", "runs/demo/swwae/seed_4")
@@ -419,13 +419,13 @@ def test_a_choice_by_a_metric_nobody_logs_is_named_and_the_runs_are_kept(here, c
 def test_submitit_runs_the_same_chain(here, cluster, capsys):
     pytest.importorskip("submitit")
     arguments = {"launcher": "slurm", "cluster": cluster, "slurm": ["timeout_min=5"], **FAKE}
-    assert run_chain("chain.yaml", seeds=[0], only="finetune", **arguments) == 0
+    assert run_chain("chain.yaml", seeds=[0], only=["finetune"], **arguments) == 0
     assert calls() == ORDER[:2]
     record = json.loads(Path("runs/demo/finetune/seed_0.json").read_text())
     parent = json.loads(Path("runs/demo/pretrain/seed_0/model/config.json").read_text())
     assert record["parents"]["init_from"]["sha256"] == parent["baton"]["sha256"]
     assert "1 of 3 seeds" in capsys.readouterr().out  # the table knows the runs that were not asked for
-    assert run_chain("chain.yaml", seeds=[0], only="finetune", **FAKE) == 0  # local and Slurm continue each other
+    assert run_chain("chain.yaml", seeds=[0], only=["finetune"], **FAKE) == 0  # local and Slurm continue each other
     assert calls() == ORDER[:2]
 
 

@@ -78,16 +78,19 @@ def test_a_decoder_or_trunk_is_passed_on(link, chain):
 
 def test_select_takes_parents_along(chain):
     runs = plan(chain)
-    assert names(select(runs, chain, None, "student")) == [
+    assert names(select(runs, chain, None, ["student"])) == [
         "pretrain0", "teacher7", "student0", "pretrain1", "student1"
     ]  # fmt: skip
-    assert names(select(runs, chain, [1], None)) == ["teacher7", "solo1", "pretrain1", "student1"]
-    assert names(select(runs, chain, [1], "solo")) == ["solo1"]
-    assert select(runs, chain, None, None) == runs
-    with pytest.raises(ValueError, match="has no stage 'studnet'; its stages are solo, teacher"):
-        select(runs, chain, None, "studnet")
+    assert names(select(runs, chain, [1], [])) == ["teacher7", "solo1", "pretrain1", "student1"]
+    assert names(select(runs, chain, [1], ["solo"])) == ["solo1"]
+    assert names(select(runs, chain, [0, 1], ["s*o", "pre*"])) == ["solo0", "pretrain0", "solo1", "pretrain1"]
+    assert select(runs, chain, None, []) == runs
+    with pytest.raises(
+        ValueError, match=r"has no stage 'studnet' \(did you mean 'student'\?\); its stages are solo, teacher"
+    ):
+        select(runs, chain, None, ["solo", "studnet"])
     with pytest.raises(ValueError, match=r"no run of teacher has one of the seeds \[0\]"):
-        select(runs, chain, [0], "teacher")
+        select(runs, chain, [0], ["teacher"])
 
 
 def test_a_finished_run_that_no_longer_matches_is_refused(chain):

@@ -31,7 +31,7 @@ def run_chain(
     launcher: str = "local",
     slurm: Sequence[str] = (),
     seeds: Sequence[int] | None = None,
-    only: str | None = None,
+    only: Sequence[str] = (),
     verbose: bool = False,
     entry: str = chain_launch.ENTRY,
     preload: Sequence[str] = chain_launch.PRELOAD,
@@ -46,7 +46,7 @@ def run_chain(
         launcher: "local", or "slurm" to submit the stages as jobs.
         slurm: options of the jobs, ``key=value``.
         seeds: run these seeds only (default: those of the file).
-        only: run this stage (and those it starts from) only.
+        only: run these stages (and those they start from) only: names, or patterns such as ``*_small``.
         verbose: show what the stages print, too.
         entry: "module:function" that runs one stage.
         preload: modules that the stages' warm process imports.
@@ -103,7 +103,13 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--dry-run", action="store_true", help="check everything and print the plan")
     parser.add_argument("--root", default="runs", help="folder of all runs (default: runs)")
     parser.add_argument("--seeds", help="run these seeds only, such as 0,1")
-    parser.add_argument("--only", metavar="STAGE", help="run this stage and those it starts from only")
+    parser.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="STAGES",
+        help="run these stages and those they start from only, such as pretrain,finetune_*",
+    )
     parser.add_argument("--verbose", action="store_true", help="show what the stages print")
     parser.add_argument("--launcher", default="local", choices=("local", "slurm"), help="where stages run")
     parser.add_argument(
@@ -117,7 +123,7 @@ def main(argv: Sequence[str]) -> int:
         launcher=given.launcher,
         slurm=given.slurm,
         seeds=_seeds(given.seeds),
-        only=given.only,
+        only=[part.strip() for text in given.only for part in text.split(",")],
         verbose=given.verbose,
     )
 

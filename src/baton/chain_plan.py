@@ -5,11 +5,13 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from baton.chain_file import LINKS, Chain, Stage, flatten, read_yaml
 from baton.chain_table import commit, machine
+from baton.chain_table_file import nearest, words
 
 # Options that may change between two starts of a run, because they do not change its numbers.
 _MAY_DIFFER = ("data.root", "data.init_args.root", "data.num_workers", "data.init_args.num_workers", "run.wandb",
@@ -172,17 +174,23 @@ def plan(chain: Chain, root: str | Path = "runs") -> list[Run]:
     return list(runs.values())
 
 
-def select(runs: Sequence[Run], chain: Chain, seeds: Sequence[int] | None, only: str | None) -> list[Run]:
+def select(runs: Sequence[Run], chain: Chain, seeds: Sequence[int] | None, only: Sequence[str]) -> list[Run]:
     """Keep the runs that were asked for and those they start from.
 
     Raises:
-        ValueError: there is no such stage, or none of its runs has one of the seeds.
+        ValueError: there is no such stage, or none of their runs has one of the seeds.
     """
-    if only is not None and only not in chain.stages:
-        raise ValueError(f"{chain.path} has no stage {only!r}; its stages are {', '.join(chain.stages)}.")
-    wanted = [run for run in runs if only in (None, run.stage.name) and (seeds is None or run.seed in seeds)]
+    stages = set() if only else set(chain.stages)
+    for pattern in only:
+        found = [name for name in chain.stages if fnmatchcase(name, pattern)]
+        if not found:
+            close = nearest(pattern, chain.stages)
+            raise ValueError(f"{chain.path} has no stage {pattern!r}{close}; its stages are {words(chain.stages)}.")
+        stages.update(found)
+    wanted = [run for run in runs if run.stage.name in stages and (seeds is None or run.seed in seeds)]
     if not wanted:
-        raise ValueError(f"{chain.path}: no run of {only or 'any stage'} has one of the seeds {list(seeds or [])}.")
+        asked = words(only) or "any stage"
+        raise ValueError(f"{chain.path}: no run of {asked} has one of the seeds {list(seeds or [])}.")
     names: set[str] = set()
     for run in reversed(runs):  # children come after their parents
         if run in wanted or run.name in names:
