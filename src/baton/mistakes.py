@@ -227,8 +227,9 @@ def _nearest_are(near: Sequence[str], dashes: str = "") -> str:
 def sentence(error: BaseException) -> str | None:
     """Return what the command prints for an error, or None if the error is a defect and its traceback matters.
 
-    A ValueError or OSError that Baton itself raised carries a sentence. Errors that others raise count as the
-    user's where they come from a setting or from outside the program; everything else is a defect.
+    A ValueError or OSError that Baton itself raised carries a sentence, also where a worker of a DataLoader passed it
+    on. Errors that others raise count as the user's where they come from a setting or from outside the program;
+    everything else is a defect.
     """
     while str(error).startswith(_UNION) and error.__cause__ is not None:
         error = error.__cause__  # jsonargparse wraps what a constructor raises
@@ -238,6 +239,8 @@ def sentence(error: BaseException) -> str | None:
     inside = Path(__file__).parent.as_posix()
     if isinstance(error, ValueError | OSError) and files and files[-1].startswith(f"{inside}/"):
         return text if not isinstance(error, OSError) or error.errno is None else _outside(error)
+    if isinstance(error, ValueError) and (passed_on := _from_a_worker(error, inside)):
+        return passed_on
     if isinstance(error, OSError) and error.errno in _FROM_OUTSIDE:
         return _outside(error)
     if type(error).__name__ == "OutOfMemoryError":
@@ -247,6 +250,17 @@ def sentence(error: BaseException) -> str | None:
         for file, (frame, _) in zip(files, frames, strict=True)
     }
     return _from_a_setting(error, text.rstrip(".!"), called)
+
+
+def _from_a_worker(error: ValueError, inside: str) -> str | None:
+    """What Baton said in a worker: torch raises the error's class again, with the whole traceback as its message."""
+    if type(error).__module__.partition(".")[0] == "baton":
+        return _one_line(str(error))  # such as UnreadableImageError, which keeps its sentence
+    if not re.match(r"Caught ValueError in DataLoader worker", str(error)):
+        return None
+    files = re.findall(r'^ *File "(.*?)", line', str(error), re.MULTILINE)
+    raised = str(error).rpartition("\nValueError: ")[2]
+    return _one_line(raised) if files and files[-1].startswith(f"{inside}/") else None
 
 
 def _from_a_setting(error: BaseException, text: str, called: dict[tuple[str, str], Any]) -> str | None:
