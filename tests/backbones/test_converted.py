@@ -50,7 +50,10 @@ def test_the_hand_over_rebuilds_it_and_the_scale_travels(tmp_path):
         ({"layer": "ncj"}, "Expected layer 'njet' or 'dirac', but got 'ncj'"),
         ({"base": "resnet81"}, "Expected the name of a backbone, but got 'resnet81'"),
         ({"where": "layer9.*"}, "matches none of them"),
-        ({"layer_kwargs": {"ordr": 2}}, "Expected layer_kwargs that a layer 'njet' takes, but it has no 'ordr'"),
+        (
+            {"layer_kwargs": {"ordr": 2}},
+            "Expected layer_kwargs that a layer 'njet' takes, but it has no 'ordr'; the nearest is order.",
+        ),
         ({"layer_kwargs": {"order": -1}}, "Expected an order of 0 or more"),
         ({"base_kwargs": {"num_classes": 3}}, "Expected num_classes beside base_kwargs"),
         ({"base": "test_vit"}, "Expected a network with spatial convolutions"),

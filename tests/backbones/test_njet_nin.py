@@ -204,7 +204,7 @@ def test_weights_are_drawn_as_the_code_draws_them():
 
 
 def test_unknown_options_are_refused():
-    with pytest.raises(ValueError, match="njet_nin' takes, but it has no 'sigmas'; remove it"):
+    with pytest.raises(ValueError, match="njet_nin' takes, but it has no 'sigmas'"):
         create_backbone("njet_nin", sigmas=[1.0])
     with pytest.raises(ValueError, match="a list of 3 for the N-Jet layers"):
         create_backbone("njet_nin", sigma=[1.0])

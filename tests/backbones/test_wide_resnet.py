@@ -461,10 +461,30 @@ def test_a_pooling_that_there_is_not_is_refused(name):
         create_backbone(name, num_classes=3, global_pool="nonsense")
 
 
-@pytest.mark.parametrize("name", ["wrn_16_1", "wrn18_1", "test_resnet"])
-def test_unknown_arguments_are_named(name):
-    with pytest.raises(ValueError, match=rf"'{name}'.*'colour'"):
-        create_backbone(name, colour=3)
+@pytest.mark.parametrize(
+    ("name", "argument", "advice"),
+    [
+        ("wrn_16_1", "colour", "it takes depth, width, block, "),
+        ("wrn_16_1", "widht", r"the nearest is width\."),
+        ("wrn18_1", "colour", "it takes "),
+        ("test_resnet", "colour", r"it takes block, layers, .* and others\."),
+        ("test_resnet", "droprate", r"the nearest is drop_rate\b"),
+    ],
+)
+def test_unknown_arguments_are_named(name, argument, advice):
+    with pytest.raises(ValueError, match=rf"'{name}' takes, but it has no '{argument}'; {advice}"):
+        create_backbone(name, **{argument: 3})
+
+
+class Part:
+    def __init__(self, sigma):
+        pass
+
+
+def test_unknown_arguments_of_a_part_are_named(monkeypatch):
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained, **kwargs: Part(**kwargs))
+    with pytest.raises(ValueError, match=r"it has no 'sigmas'; the nearest is sigma\."):
+        create_backbone("test_resnet", sigmas=3)
 
 
 @pytest.mark.parametrize(

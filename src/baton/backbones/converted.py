@@ -6,6 +6,7 @@ from its name and arguments like any other backbone.
 """
 
 import dataclasses
+import inspect
 import re
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
@@ -14,7 +15,7 @@ from typing import Any
 from timm.models import build_model_with_cfg, generate_default_cfgs, get_pretrained_cfg, register_model
 from torch import nn
 
-from baton.backbones.factory import create_backbone
+from baton.backbones.factory import advice, create_backbone
 from baton.layers.conversion import convert
 from baton.layers.dirac import DiracConv2d
 from baton.layers.njet import NJetConv2d
@@ -60,7 +61,8 @@ def convert_backbone(
         if refused is None or refused[1] not in (layer_kwargs or {}):
             raise
         raise ValueError(
-            f"Expected layer_kwargs that a layer {layer!r} takes, but it has no {refused[1]!r}."
+            f"Expected layer_kwargs that a layer {layer!r} takes, but it has no {refused[1]!r}; "
+            f"{advice(refused[1], list(inspect.signature(LAYERS[layer]).parameters))}."
         ) from error
     model._model_args = {}  # those of the base; timm writes down ours
     return model

@@ -1,8 +1,10 @@
 """Backbones by name: which there are, and how one is built."""
 
 import difflib
+import inspect
 import re
-from collections.abc import Iterable
+import traceback
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import timm
@@ -44,7 +46,8 @@ def create_backbone(name: str, **kwargs: Any) -> nn.Module:
         if refused is None or refused[1] not in kwargs:
             raise
         raise ValueError(
-            f"Expected arguments that backbone {name!r} takes, but it has no {refused[1]!r}; remove it."
+            f"Expected arguments that backbone {name!r} takes, but it has no {refused[1]!r}; "
+            f"{advice(refused[1], _arguments(error))}."
         ) from error
     except RuntimeError as error:
         if not tag or "Invalid pretrained tag" not in str(error):
@@ -55,6 +58,24 @@ def create_backbone(name: str, **kwargs: Any) -> nn.Module:
         given = {key: value for key, value in kwargs.items() if key not in ("num_classes", "pretrained_cfg_overlay")}
         reason = str(error).partition("\n")[0] or "timm refuses a value"
         raise ValueError(f"The backbone {name!r} cannot be built with {given}: {reason}.") from error
+
+
+def _arguments(error: TypeError) -> list[str]:
+    """What those take who refused an argument, as far as the error shows them: timm's `model_cls`, or a part of it."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    refusing = [frame.f_locals["model_cls"] for frame in frames if "model_cls" in frame.f_locals]
+    name = str(error).partition(".")[0]
+    parts = [frame.f_globals[name] for frame in frames if name in frame.f_globals]
+    known = [inspect.signature(made).parameters.values() for made in (*refusing[-1:], *parts[-1:]) if callable(made)]
+    return [taken.name for parameters in known for taken in parameters if taken.kind != taken.VAR_KEYWORD]
+
+
+def advice(argument: str, known: Sequence[str]) -> str:
+    """What to do about an argument that is not among the known ones, for the end of a sentence."""
+    near = difflib.get_close_matches(argument, known, n=2, cutoff=0.6)
+    if near or not known:
+        return f"the nearest is {' or '.join(near)}" if near else "remove it"
+    return f"it takes {', '.join(known[:20])}{' and others' if len(known) > 20 else ''}"
 
 
 def _unknown_name(name: str, architecture: str) -> str:
