@@ -8,8 +8,15 @@ import torch
 from torch import nn
 
 import baton  # noqa: F401
-from baton.layers import DiracConv2d, NJetConv2d, SafeSubsample, SubsampledNJet, fold
-from baton.layers.folding import plain_convolutions
+from baton.layers import (
+    DiracConv2d,
+    NJetConv2d,
+    SafeSubsample,
+    SubsampledNJet,
+    convert,
+    fold,
+    plain_convolutions,
+)
 from tiny import same, state
 
 
@@ -233,3 +240,12 @@ def test_njet_networks_fold():
     assert_equal_outputs(folded(x), network(x))
     assert not any(isinstance(module, NJetConv2d | nn.BatchNorm2d) for module in folded.modules())
     assert (network(x).std(0) > 1e-4).all(), "all images look alike"
+
+
+def test_a_converted_resnet_becomes_plain_again():
+    network = trained(convert(timm.create_model("test_resnet", num_classes=3), NJetConv2d, order=2))
+    with pytest.raises(ValueError, match=r"it cannot be folded; plain_convolutions leaves BatchNorms as they are\."):
+        fold(network)
+    plain, x = plain_convolutions(network), torch.randn(2, 3, 40, 36, dtype=torch.float64)
+    assert_equal_outputs(plain(x), network(x))
+    assert not any(isinstance(module, NJetConv2d) for module in plain.modules())

@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from jaxtyping import TypeCheckError
 from torch import nn
 
 from baton.layers import NJetConv2d
@@ -262,6 +263,23 @@ def test_maps_that_do_not_fit_are_refused():
         ours(torch.zeros(1, 2, 8, 11))
     with pytest.raises(ValueError, match="Expected 2 channels, but got a map of shape"):
         ours(torch.zeros(1, 3, 9, 9))
+    # the tests' own check of types says it first
+    with pytest.raises((ValueError, TypeCheckError), match=r"Expected maps of real numbers|^Type-check error"):
+        ours(torch.zeros(1, 2, 9, 9, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("evaluation", ["filters", "separable"])
+@pytest.mark.parametrize(
+    "options", [{}, {"groups": 2}, {"stride": 2, "padding": "valid"}, {"sigma_groups": 2}], ids=str
+)
+def test_an_empty_batch_is_convolved(evaluation, options):
+    layer = NJetConv2d(4, 6, 2, evaluation=evaluation, **{"groups": 1, **options})
+    x = torch.zeros(0, 4, 11, 12, requires_grad=True)
+    y = layer(x)
+    assert y.shape == (0, *layer(torch.zeros(1, 4, 11, 12)).shape[1:])
+    y.sum().backward()
+    assert x.grad.shape == x.shape
+    assert all((parameter.grad == 0).all() for parameter in layer.parameters())
 
 
 @pytest.mark.parametrize("diverged", [17.0, 5000.0, float("inf"), float("nan")])

@@ -4,6 +4,7 @@ from baton.layers.conversion import convert as convert
 from baton.layers.deformable import DeformableConv2d as DeformableConv2d
 from baton.layers.dirac import DiracConv2d as DiracConv2d
 from baton.layers.folding import fold as fold
+from baton.layers.folding import plain_convolutions as plain_convolutions
 from baton.layers.njet import NJetConv2d as NJetConv2d
 from baton.layers.njet_pyramid import NJetPyramid2d as NJetPyramid2d
 from baton.layers.patch_fit import fit_patch as fit_patch

@@ -48,7 +48,8 @@ def fold(model: Network) -> Network:
         A network of the same class.
 
     Raises:
-        ValueError: for a BatchNorm that is not directly after a convolution, or that keeps no running statistics.
+        ValueError: for a BatchNorm that is not directly after a convolution, or that keeps no running statistics: use
+            `plain_convolutions`.
     """
     folded = copy.deepcopy(model)
     for row in list(folded.modules()):
@@ -59,7 +60,8 @@ def fold(model: Network) -> Network:
             which = f"{name or 'the network itself'} ({type(module).__name__})"
             raise ValueError(
                 "Expected every BatchNorm directly after a plain, Dirac or N-Jet convolution in an nn.Sequential, and "
-                f"with running statistics, but {which} is not: it cannot be folded."
+                f"with running statistics, but {which} is not: it cannot be folded; plain_convolutions leaves "
+                "BatchNorms as they are."
             )
     return _without_parameterisation(folded)
 
@@ -68,7 +70,8 @@ def fold(model: Network) -> Network:
 def plain_convolutions(model: Network) -> Network:
     """Copy a network so that plain convolutions take the place of its Dirac and N-Jet ones, and it computes the same.
 
-    BatchNorms stay, wherever they are, and modules keep their names.
+    BatchNorms stay, wherever they are, and modules keep their names: for networks such as ResNets, whose BatchNorms
+    `fold` cannot take away.
 
     Args:
         model: any network, left as it is; it may itself be the convolution.

@@ -73,8 +73,8 @@ class _JetConvolution(torch.autograd.Function):
         y = x.new_zeros(batch * groups, alpha.shape[1] // groups, height * width)
         for j, part in enumerate(_by_rows(x, rows)):
             maps, mixing = _stacked(columns, j) @ part, _mixing(alpha, len(rows) - 1, j, groups)
-            y.baddbmm_(_for_all(mixing, batch), maps.view(batch * groups, -1, height * width))
-        return y.view(batch, -1, height, width)
+            y.baddbmm_(_for_all(mixing, batch), maps.view(batch * groups, mixing.shape[2], height * width))
+        return y.view(batch, alpha.shape[1], height, width)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
@@ -118,7 +118,8 @@ def _gradients(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, alpha, columns and rows, as far as they are needed; those of both matrices come together."""
     batch, channels, last = *x.shape[:2], len(rows) - 1
-    g = grad.view(batch * groups, alpha.shape[1] // groups, -1)
+    pixels = grad.shape[2] * grad.shape[3]
+    g = grad.view(batch * groups, alpha.shape[1] // groups, pixels)
     taps = needed[2] or needed[3]
     of_columns = torch.zeros_like(columns) if taps else None
     of_alpha: dict[int, Tensor] = {}
@@ -126,14 +127,14 @@ def _gradients(
     for j, part in enumerate(_by_rows(x, rows)):
         stacked = _stacked(columns, j)
         if needed[1]:
-            maps = (stacked @ part).view(batch * groups, -1, g.shape[2])
+            maps = (stacked @ part).view(batch * groups, channels // groups * len(_places(last, j)), pixels)
             found = (g @ maps.transpose(1, 2)).unflatten(0, (batch, groups)).sum(0)  # (g, o, c orders)
             by_order = found.unflatten(2, (channels // groups, -1)).flatten(0, 1).unbind(2)
             of_alpha.update(zip(_places(last, j), by_order, strict=True))
         if not (taps or needed[0]):
             continue
         mixing = _mixing(alpha, last, j, groups).transpose(1, 2)
-        of_maps = (_for_all(mixing, batch) @ g).view(batch * channels, len(stacked), -1)
+        of_maps = (_for_all(mixing, batch) @ g).view(batch * channels, len(stacked), grad.shape[3])
         of_parts.append(stacked.T @ of_maps)
         if of_columns is not None:
             summed = torch.einsum("npw,nhw->ph", of_maps, part)

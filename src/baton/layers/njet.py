@@ -178,10 +178,13 @@ class NJetConv2d(nn.Module):
         """Convolve.
 
         Raises:
-            ValueError: for another number of channels; for a map smaller than a filter where padding is `valid`.
+            ValueError: for another number of channels, or integers; for a map smaller than a filter where padding is
+                `valid`.
         """
         if x.shape[1] != self.in_channels:
             raise ValueError(f"Expected {self.in_channels} channels, but got a map of shape {tuple(x.shape)}.")
+        if not x.is_floating_point():
+            raise ValueError(f"Expected maps of real numbers, but got {x.dtype}: convert them with x.float().")
         self._host_sigma.follow(self.log2_sigma)
         valid = self.padding == "valid"
         if valid and self.log2_sigma.device.type != "cpu" and not torch.compiler.is_compiling():
