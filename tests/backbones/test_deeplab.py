@@ -148,6 +148,7 @@ def test_features_of_the_trunk_alone(last):
         ({"base": "resnet_101"}, "got 'resnet_101', which neither Baton nor timm knows"),
         ({"base": "test_vit"}, "backbone 'test_vit' takes, but it has no 'output_stride'"),
         ({"aspp": "njet", "sigmas": [0.0]}, "all above 0 pixels"),
+        ({"sigmas": [1.0]}, "Expected sigmas with aspp='njet' alone, but aspp is 'atrous': its dilations are rates"),
     ],
 )
 def test_what_cannot_be_built(kwargs, said):

@@ -123,7 +123,9 @@ class DeepLab(HeadedNetwork):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _check(base, base_kwargs, output_stride, aspp, width, rates)
+        _check(base_kwargs, output_stride, aspp, width, rates)
+        if sigmas is not None and aspp != "njet":
+            raise ValueError(f"Expected sigmas with aspp='njet' alone, but aspp is {aspp!r}: its dilations are rates.")
         stride = {} if output_stride == 32 else {"output_stride": output_stride}
         trunk: Any = create_backbone(base, **{**(base_kwargs or {}), **stride, "in_chans": in_chans, "num_classes": 0})
         if not hasattr(trunk, "forward_intermediates"):
@@ -250,9 +252,7 @@ def _of_trunk(pattern: Any) -> Any:
     return [_of_trunk(part) for part in pattern]
 
 
-def _check(
-    base: str, base_kwargs: dict[str, Any] | None, output_stride: int, aspp: str, width: int, rates: Sequence[int]
-) -> None:
+def _check(base_kwargs: dict[str, Any] | None, output_stride: int, aspp: str, width: int, rates: Sequence[int]) -> None:
     """Refuse what cannot be built."""
     if aspp not in KINDS:
         raise ValueError(f"Expected aspp {', '.join(map(repr, KINDS))}, but got {aspp!r}.")
