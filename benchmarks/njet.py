@@ -1,12 +1,13 @@
 """N-Jet layers: both evaluations against each other and a plain convolution, and networks in network with and without.
 
-    python benchmarks/njet.py [--rounds 7] [--threads 1] [--batch 8] [--what layers memory networks synchronisation]
-                              [--device cpu] [--precision 32 | tf32 | bf16]
+    python benchmarks/njet.py [--rounds 7] [--threads 1] [--batch 8] [--device cpu]
+                              [--what layers rule memory networks synchronisation] [--precision 32 | tf32 | bf16]
 
 A layer's step is forward and backward, a network's is cross-entropy, too, on images of 32 pixels. Whoever is compared
 alternates in one process; medians of the ratios of neighbours, with quartiles. `layers` also prints what `auto` takes
-and the factor at which its rule would be indifferent: the larger, the better filters are. `synchronisation` needs a
-GPU: a training step in which any look at σ is an error. A GPU does ten steps in a row before anyone waits for it.
+and the factor at which its rule would be indifferent: the larger, the better filters are; `rule` asks it of maps of
+several sides, and what `auto` costs where it is wrong. `synchronisation` needs a GPU: a training step in which any look
+at σ is an error. A GPU does ten steps in a row before anyone waits for it.
 """
 
 import argparse
@@ -97,6 +98,27 @@ def layers(arguments: Any) -> bool:
     return passed
 
 
+def rule(arguments: Any) -> bool:
+    """What `auto` takes, against the better of both evaluations."""
+    losses = []
+    for side, channels in ((28, 8), (32, 16), (32, 64), (64, 8), (64, 16), (64, 64), (112, 8), (112, 64), (224, 16)):
+        batch = max(1, arguments.batch * 2**16 // (side**2 * channels))
+        x = torch.randn(batch, channels, side, side, device=arguments.device, requires_grad=True)
+        for order in (2, 3):
+            for sigma in (0.5, 1.0, 1.5, 2.0, 3.0, 3.5, 4.0, 5.0):
+                pair = [NJetConv2d(channels, channels, order, sigma, evaluation=w) for w in ("filters", "separable")]
+                steps = [layer_step(layer, x, arguments.precision) for layer in pair]
+                times = [statistics.median(times) for times in race(*steps, arguments.rounds)]
+                auto = NJetConv2d(channels, channels, order, sigma, device=arguments.device)
+                separable = auto._is_separable(side, side, auto.kernel_size)
+                losses.append(times[separable] / min(times))
+                print(f"{side} px, {channels} channels, order {order}, σ = {sigma}: filters / separable "
+                      f"{times[0] / times[1]:.2f}, auto takes {'separable' if separable else 'filters'}, "
+                      f"{losses[-1]:.2f} x the better", flush=True)  # fmt: skip
+    print(f"auto / the better evaluation: {max(losses):.2f} at most")
+    return report("auto / the better evaluation, geometric mean", [statistics.geometric_mean(losses)] * 2, 1.05)
+
+
 def kept(layer: nn.Module, x: torch.Tensor) -> int:
     """Bytes that autograd keeps for the backward pass, parameters left out."""
     sizes: dict[int, int] = {}
@@ -167,7 +189,7 @@ def synchronisation(arguments: Any) -> bool:
     return True
 
 
-WHAT = {"layers": layers, "memory": memory, "networks": networks, "synchronisation": synchronisation}
+WHAT = {"layers": layers, "rule": rule, "memory": memory, "networks": networks, "synchronisation": synchronisation}
 
 
 def main() -> int:

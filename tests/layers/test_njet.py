@@ -129,6 +129,9 @@ def test_auto_takes_the_cheaper_and_gives_the_same():
     assert large._is_separable(32, 32, large.kernel_size)
     depthwise = NJetConv2d(64, 64, 2, 1.0, groups=64)
     assert not depthwise._is_separable(32, 32, depthwise.kernel_size)
+    # on a CPU filters of 15 pixels and more are slow for their size
+    picked = {sigma: NJetConv2d(8, 8, 3, sigma)._is_separable(112, 112, 4 * math.ceil(sigma) + 1) for sigma in (3, 4)}
+    assert picked == {3: False, 4: True}
     torch.manual_seed(0)
     auto = NJetConv2d(64, 64, 2, 3.0).double()
     other = NJetConv2d(64, 64, 2, 3.0, evaluation="filters").double()

@@ -17,9 +17,11 @@ from baton.layers.jet_convolution import jet_convolution, toeplitz_offsets
 EVALUATIONS = ("auto", "filters", "separable")
 #: By how much a scale may grow between two looks at an accelerator before its filters are cut off.
 _HEADROOM = 1.2
-#: How much slower a multiplication is in separable evaluation, as measured (benchmarks/njet.py): 1 to 2.3 on a CPU, 2
+#: How much slower a multiplication is in separable evaluation, as measured (benchmarks/njet.py): 0.7 to 2.3 on a CPU, 2
 #: to 5 on a GPU with 192 channels in lower precision, more where a layer is too small to keep it busy.
-_SLOWER, _SLOWER_ON_ACCELERATORS = 2.0, 3.0
+_SLOWER, _SLOWER_ON_ACCELERATORS = 1.5, 3.0
+#: Filters of so many pixels a side take twice as long for a multiplication on a CPU, whose fast kernels are for less.
+_LARGE = 15
 #: Parts of an octave in which compiled graphs know a scale.
 _OCTAVE = 1024
 #: Octaves that no scale reaches but one whose training diverged.
@@ -275,7 +277,9 @@ class NJetConv2d(nn.Module):
         if torch.compiler.is_exporting() or (self.sigma_groups > 1 and self.groups > 1):
             return False
         filters, separable = self._multiplications(height, width, side)
-        return filters > (_SLOWER if self.weight.device.type == "cpu" else _SLOWER_ON_ACCELERATORS) * separable
+        if self.weight.device.type != "cpu":
+            return filters > _SLOWER_ON_ACCELERATORS * separable
+        return filters * (2 if side >= _LARGE else 1) > _SLOWER * separable
 
     def _multiplications(self, height: int, width: int, side: int) -> tuple[int, int]:
         """What either evaluation takes for an output of each input channel."""
