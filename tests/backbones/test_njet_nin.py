@@ -2,6 +2,7 @@
 
 import math
 
+import jaxtyping
 import pytest
 import timm
 import torch
@@ -203,8 +204,11 @@ def test_weights_are_drawn_as_the_code_draws_them():
     assert not torch.equal(model.group1[0].conv.weight, before["group1.0.conv.weight"])
 
 
-def test_unknown_options_are_refused():
-    with pytest.raises(ValueError, match="njet_nin' takes, but it has no 'sigmas'"):
+def test_unknown_options_are_refused(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # which would hide who refuses, but only in tests
+    with pytest.raises(
+        ValueError, match="njet_nin' takes, but it has no 'sigmas'; the nearest is sigma or sigma_groups"
+    ):
         create_backbone("njet_nin", sigmas=[1.0])
     with pytest.raises(ValueError, match="a list of 3 for the N-Jet layers"):
         create_backbone("njet_nin", sigma=[1.0])

@@ -476,17 +476,6 @@ def test_unknown_arguments_are_named(name, argument, advice):
         create_backbone(name, **{argument: 3})
 
 
-class Part:
-    def __init__(self, sigma):
-        pass
-
-
-def test_unknown_arguments_of_a_part_are_named(monkeypatch):
-    monkeypatch.setattr(timm, "create_model", lambda name, pretrained, **kwargs: Part(**kwargs))
-    with pytest.raises(ValueError, match=r"it has no 'sigmas'; the nearest is sigma\."):
-        create_backbone("test_resnet", sigmas=3)
-
-
 @pytest.mark.parametrize(
     "message", ["build() got an unexpected keyword argument 'inner'", "'int' object is not iterable"]
 )
